@@ -1,0 +1,1 @@
+"""Fused kernels for multimodal pretraining. Needs torch and triton only."""

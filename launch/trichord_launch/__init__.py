@@ -1,0 +1,1 @@
+"""The launcher. Runs on a login node without torch."""

@@ -1,0 +1,123 @@
+"""`PackedBatch`: the only thing models ever receive. One micro-batch of one rank, packed into a flat token stream.
+
+Shapes: T = micro_rows * row_tokens, fixed for the run; S segments (samples, in stream order); I images; A audio clips.
+Everything the host needs to know is a Python int or tuple in here, so that no model has to synchronise to learn a size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+SLACK_SEGMENT = -1
+
+SPAN_TEXT = 0
+SPAN_IMAGE = 1
+SPAN_AUDIO = 2
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one rank.
+
+    Stream:
+        input_ids (T,) int64: token ids; positions of images and audio hold the tokenizer's placeholder ids, slack its pad id.
+        labels (T,) int64: `labels[t]` is what the hidden state at t has to predict (already shifted), or IGNORE_INDEX.
+        label_index (K,) int64: the positions t with a label, ascending; K may be 0.
+        position_ids (3, T) float32: positions on the axes time, height, width; equal on all axes for text.
+        segment_ids (T,) int32: 0..S-1, or SLACK_SEGMENT for slack.
+        cu_seqlens (C+1,) int32: boundaries of all contiguous runs of one segment id, slack runs included; from 0 to T.
+        span_kind (T,) int8: SPAN_TEXT, SPAN_IMAGE or SPAN_AUDIO.
+        span_ends (T,) int32: query t sees keys j of its own segment with j < span_ends[t]: t + 1 where causal,
+            the end of the image block inside one.
+    Items:
+        pixels (I, C, H, W) uint8: not yet normalised.
+        image_spans (I, 2) int32: start and end of the image's tokens in the stream (equal: not in the stream).
+        image_segments (I,) int64: the segment each image belongs to.
+        image_index (sum of span lengths,) int64: stream positions of all image tokens, image by image.
+        waveforms (N,) int16: all clips end to end, mono, at the configured rate.
+        audio_offsets: A + 1 Python ints into `waveforms`.
+        audio_spans (A, 2) int32, audio_segments (A,) int64, audio_index: as for images.
+        text_spans (S, 2) int32: start and end of each segment's caption tokens in the stream (equal: no text).
+    Samples:
+        group_ids (S,) int64: equal for samples that count as the same item in contrastive objectives.
+        sample_ids (S, 3) int64: source number, epoch, sample number inside the source.
+        bad_segments (S,) bool: decoded badly; its tokens are slack, its items absent.
+    Host facts:
+        num_segments, num_images, num_audios, num_labels, max_seqlen, useful_tokens (non-slack).
+        image_counts, audio_counts: tokens per image and per clip in the stream, as tuples of ints.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    label_index: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    cu_seqlens: Tensor
+    span_kind: Tensor
+    span_ends: Tensor
+    pixels: Tensor
+    image_spans: Tensor
+    image_segments: Tensor
+    image_index: Tensor
+    waveforms: Tensor
+    audio_spans: Tensor
+    audio_segments: Tensor
+    audio_index: Tensor
+    text_spans: Tensor
+    group_ids: Tensor
+    sample_ids: Tensor
+    bad_segments: Tensor
+    audio_offsets: tuple[int, ...]
+    image_counts: tuple[int, ...]
+    audio_counts: tuple[int, ...]
+    text_lengths: tuple[int, ...]
+    num_segments: int
+    num_images: int
+    num_audios: int
+    num_labels: int
+    max_seqlen: int
+    useful_tokens: int
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device` (asynchronously where the source is pinned)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory; needs CUDA."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+    def check(self) -> None:
+        """Verify that all parts agree (on CPU tensors; meant for tests and the loader's first batch).
+
+        Raises:
+            ValueError: naming both numbers that disagree.
+        """
+        total = self.input_ids.shape[0]
+        for name in ("labels", "segment_ids", "span_kind", "span_ends"):
+            _equal(f"{name}.shape[0]", getattr(self, name).shape[0], "T", total)
+        _equal("position_ids.shape[1]", self.position_ids.shape[1], "T", total)
+        _equal("cu_seqlens[-1]", int(self.cu_seqlens[-1]), "T", total)
+        _equal("labels that are set", int((self.labels != IGNORE_INDEX).sum()), "num_labels", self.num_labels)
+        _equal("label_index.shape[0]", self.label_index.shape[0], "num_labels", self.num_labels)
+        _equal("pixels.shape[0]", self.pixels.shape[0], "num_images", self.num_images)
+        _equal("image_index.shape[0]", self.image_index.shape[0], "sum of image_counts", sum(self.image_counts))
+        _equal("audio_index.shape[0]", self.audio_index.shape[0], "sum of audio_counts", sum(self.audio_counts))
+        _equal("len(audio_offsets) - 1", len(self.audio_offsets) - 1, "num_audios", self.num_audios)
+        _equal("audio_offsets[-1]", self.audio_offsets[-1], "waveforms.shape[0]", self.waveforms.shape[0])
+        for name in ("text_spans", "group_ids", "sample_ids", "bad_segments"):
+            _equal(f"{name}.shape[0]", getattr(self, name).shape[0], "num_segments", self.num_segments)
+        if total and int(self.segment_ids.max()) >= self.num_segments:
+            raise ValueError(f"segment_ids reach {int(self.segment_ids.max())}, but num_segments is {self.num_segments}")
+
+
+def _equal(left_name: str, left: int, right_name: str, right: int) -> None:
+    if left != right:
+        raise ValueError(f"PackedBatch does not agree with itself: {left_name} is {left}, {right_name} is {right}")

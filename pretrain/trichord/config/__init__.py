@@ -1,0 +1,1 @@
+"""The whole run as one typed object; readable without torch."""

@@ -1,0 +1,1 @@
+"""What every room may use: errors, logging, rank facts, seeds, schedules, the base of config leaves. No torch."""

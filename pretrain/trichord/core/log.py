@@ -1,0 +1,37 @@
+"""Logging: one logger per module under `trichord`, plain lines, the rank in front where there are several."""
+
+import logging
+import sys
+from pathlib import Path
+
+from trichord.core.dist import rank_facts
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; pass `__name__`."""
+    return logging.getLogger(name)
+
+
+def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
+    """Send `trichord` logs to stderr (rank 0: info, others: warnings) and, whole, to `log_file` when given.
+
+    Idempotent: calling it again replaces the handlers, so a second run in one process does not log twice.
+    """
+    facts = rank_facts()
+    prefix = f"[rank {facts.rank}] " if facts.world_size > 1 else ""
+    formatter = logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    root = logging.getLogger("trichord")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+    root.propagate = False
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setLevel(level if facts.rank == 0 else logging.WARNING)
+    handlers: list[logging.Handler] = [stderr]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        root.addHandler(handler)

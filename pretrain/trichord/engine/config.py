@@ -1,0 +1,47 @@
+"""Config of the engine room: optimizer, ZeRO stage, precision."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trichord.core.leaf import Leaf
+from trichord.core.schedule import ScheduleName
+
+
+class EngineConfig(Leaf):
+    """One optimizer step, run by DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16", "autocast_bf16"] = "bf16"
+    """bf16 and fp16 keep fp32 master weights. autocast_bf16: fp32 parameters, bf16 matrix products."""
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """On matrices only; vectors (norms, biases, scales) are not decayed."""
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    activation_checkpointing: bool = False
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Limit of any collective, applied to every process group."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
+    deepspeed: dict[str, Any] = {}
+    """Overlay on the DeepSpeed JSON that is derived from this leaf; a conflict is an error."""
+
+    @model_validator(mode="after")
+    def _supported(self):
+        if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
+            raise ValueError(
+                f"zero_stage 0 with precision {self.precision} is refused: DeepSpeed's unfused optimizer starts Adam one "
+                "step late there and the first updates come out wrong; use zero_stage 1, or precision autocast_bf16"
+            )
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload 'all' moves parameters and needs zero_stage 3, got {self.zero_stage}")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3, got 0")
+        return self

@@ -1,0 +1,12 @@
+"""Config of the layers room: which implementation of the fused operations runs."""
+
+from typing import Literal
+
+from trichord.core.leaf import Leaf
+
+
+class LayersConfig(Leaf):
+    """Kernel selection. TRICHORD_KERNELS in the environment overrides it."""
+
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """auto: Triton on a GPU, plain torch elsewhere."""

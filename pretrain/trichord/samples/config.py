@@ -1,0 +1,54 @@
+"""Config of the samples room: how bytes become pixels, waveforms and text, and the caps on each."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from trichord.core.leaf import Leaf
+
+
+class ImageConfig(Leaf):
+    """Decoding, resizing and augmentation of images."""
+
+    size: int = Field(default=224, ge=4)
+    """Side of the square the model sees, in pixels."""
+    resize: Literal["squash", "center_crop", "random_resized_crop"] = "center_crop"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Images with more pixels than this are quarantined before they are decoded."""
+    rotate_degrees: float = Field(default=0.0, ge=0, le=180)
+    """Training only: rotation drawn from +-this."""
+    shift_frac: float = Field(default=0.0, ge=0, le=0.5)
+    """Training only: translation drawn from +-this share of the side."""
+    horizontal_flip: bool = False
+
+
+class AudioConfig(Leaf):
+    """Decoding and augmentation of audio."""
+
+    sample_rate: int = Field(default=16_000, ge=1000)
+    """All audio is mixed to mono and resampled to this, in Hz."""
+    max_seconds: float = Field(default=30.0, gt=0)
+    """Longer clips are quarantined, never cut silently."""
+    speed_frac: float = Field(default=0.0, ge=0, le=0.5)
+    """Training only: playback speed drawn from 1 +- this; the clip keeps its indexed length (padded or trimmed)."""
+    gain_db: float = Field(default=0.0, ge=0, le=40)
+    """Training only: gain drawn from +-this."""
+    noise_db: float | None = Field(default=None, le=0)
+    """Training only: white noise at this level relative to the clip; null: none."""
+
+
+class TextConfig(Leaf):
+    """Caps and normalisation of text."""
+
+    max_chars: int = Field(default=20_000, ge=1)
+    strip: bool = True
+
+
+class SamplesConfig(Leaf):
+    """What the model sees of each field."""
+
+    image: ImageConfig = ImageConfig()
+    audio: AudioConfig = AudioConfig()
+    text: TextConfig = TextConfig()
