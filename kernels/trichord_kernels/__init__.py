@@ -1,1 +1,32 @@
-"""Fused kernels for multimodal pretraining. Needs torch and triton only."""
+"""Fused kernels for multimodal pretraining. Needs torch and triton only.
+
+Public names: `rms_norm`, `log_mel`, `num_mel_frames`. `trichord_kernels.reference` holds the plain-torch twins under
+the same names and signatures: they are the definition of correct, and what runs on a CPU.
+
+Importing this package imports neither torch nor triton; the first use of a public name does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trichord_kernels.dispatch import rms_norm
+    from trichord_kernels.mel import log_mel, num_mel_frames
+
+__all__ = ["log_mel", "num_mel_frames", "rms_norm"]
+
+_HOME = {
+    "rms_norm": "trichord_kernels.dispatch",
+    "log_mel": "trichord_kernels.mel",
+    "num_mel_frames": "trichord_kernels.mel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its public names are {__all__}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access is a plain attribute, also for torch.compile
+    return value

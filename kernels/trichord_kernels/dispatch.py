@@ -1,0 +1,52 @@
+"""Which implementation runs: the Triton kernel on a GPU, the plain-torch twin on a CPU.
+
+`TRICHORD_KERNELS` overrides the choice: `auto` (by device, the default), `triton`, `reference`. A GPU case that a
+kernel does not cover raises `KernelError`; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from trichord_kernels import reference
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+class KernelError(ValueError):
+    """No kernel for this case: says what was expected, what came, and what to do."""
+
+
+def requested_backend() -> str:
+    """The value of TRICHORD_KERNELS (default `auto`). Raises KernelError for a word that is no backend."""
+    value = os.environ.get("TRICHORD_KERNELS", "auto")
+    if value not in BACKENDS:
+        raise KernelError(f"TRICHORD_KERNELS: expected one of {', '.join(BACKENDS)}, got {value!r}; set it or unset it")
+    return value
+
+
+def choose_backend(device: torch.device) -> str:
+    """`triton` or `reference` for tensors on `device`."""
+    requested = requested_backend()
+    if requested != "auto":
+        return requested
+    return "reference" if device.type in ("cpu", "meta") else "triton"
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square norm over the last axis, with the residual add in front when one is given.
+
+    x (..., D) float32, bfloat16 or float16, any strides; weight (D,) in x's dtype or float32; residual like x.
+    Returns `out` (..., D) in x's dtype, or `(out, new_residual)` with `new_residual = x + residual` (in x's dtype)
+    and `out` the norm of new_residual. Statistics are float32; rounding is Llama's (see `reference/rms_norm.py`).
+    Differentiable in x, weight and residual. Raises ValueError for operands that do not fit, KernelError for a GPU
+    case the kernel does not cover.
+    """
+    if choose_backend(x.device) == "reference":
+        return reference.rms_norm(x, weight, eps, residual)
+    raise KernelError("rms_norm: the Triton kernel is not in this build; set TRICHORD_KERNELS=reference")

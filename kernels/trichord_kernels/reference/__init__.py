@@ -1,0 +1,6 @@
+"""The plain-torch twins: same names and signatures as the public ops, on any device and dtype."""
+
+from trichord_kernels.mel import log_mel
+from trichord_kernels.reference.rms_norm import rms_norm
+
+__all__ = ["log_mel", "rms_norm"]
