@@ -1,1 +1,1 @@
-
+"""Metrics -> JSONL record -> Weights & Biases mirror, progress on the screen, HTML report. No torch."""
