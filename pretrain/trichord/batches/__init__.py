@@ -1,1 +1,1 @@
-
+"""Samples become segments, segments become packed rows, rows become `PackedBatch`."""

@@ -24,7 +24,8 @@ class PackedBatch:
     """One micro-batch of one rank.
 
     Stream:
-        input_ids (T,) int64: token ids; positions of images and audio hold the tokenizer's placeholder ids, slack its pad id.
+        input_ids (T,) int64: token ids; positions of images and audio hold the tokenizer's placeholder ids, slack its
+            pad id.
         labels (T,) int64: `labels[t]` is what the hidden state at t has to predict (already shifted), or IGNORE_INDEX.
         label_index (K,) int64: the positions t with a label, ascending; K may be 0.
         position_ids (3, T) float32: positions on the axes time, height, width; equal on all axes for text.
@@ -115,7 +116,9 @@ class PackedBatch:
         for name in ("text_spans", "group_ids", "sample_ids", "bad_segments"):
             _equal(f"{name}.shape[0]", getattr(self, name).shape[0], "num_segments", self.num_segments)
         if total and int(self.segment_ids.max()) >= self.num_segments:
-            raise ValueError(f"segment_ids reach {int(self.segment_ids.max())}, but num_segments is {self.num_segments}")
+            raise ValueError(
+                f"segment_ids reach {int(self.segment_ids.max())}, but num_segments is {self.num_segments}"
+            )
 
 
 def _equal(left_name: str, left: int, right_name: str, right: int) -> None:

@@ -1,1 +1,1 @@
-
+"""Bytes become typed, decoded items: safely, and the same on every machine."""
