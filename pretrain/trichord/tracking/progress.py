@@ -1,0 +1,152 @@
+"""What a person watching a run sees: a progress bar on a terminal, plain lines anywhere else. No torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from trichord.core.log import get_logger
+
+_logger = get_logger(__name__)
+
+
+class TrainProgress:
+    """Shows the steps of a run: `with TrainProgress(total_steps, first_step=40) as progress: progress.update(...)`.
+
+    total_steps: optimizer steps of the whole run; first_step: steps done before this start.
+    visible: False (ranks other than 0) shows nothing.
+    console: where the bar goes; default stderr. It is a bar if that is a terminal; else `update` logs a line.
+    """
+
+    def __init__(
+        self, total_steps: int, *, first_step: int = 0, visible: bool = True, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._total = total_steps
+        self._first = first_step
+        self._start = time.monotonic()
+        self._bar = _train_bar(self._console) if visible and self._console.is_terminal else None
+        self._lines = visible and self._bar is None
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, facts="") if self._bar else None
+        self._handlers: list[logging.StreamHandler] = []
+
+    def __enter__(self) -> TrainProgress:
+        self._start = time.monotonic()
+        if self._bar:
+            self._bar.start()
+            self._handlers = _log_above_the_bar()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+            for handler in self._handlers:
+                handler.setStream(sys.stderr)
+
+    def advance(self, step: int) -> None:
+        """`step` optimizer steps are done; moves the bar, prints nothing. Cheap enough for every step."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the figures of a log step: loss, tokens per second, time left."""
+        facts = describe(metrics)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, facts=facts)
+        elif self._lines:
+            _logger.info("step %d/%d  %s  eta %s", step, self._total, facts, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first
+        if done <= 0:
+            return "?"
+        return duration((time.monotonic() - self._start) / done * max(0, self._total - step))
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """`loss 1.234  12.3k tokens/s` from the metrics of a log step; what is not there is left out."""
+    parts = []
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.4g}")
+    if "speed/tokens_per_s" in metrics:
+        parts.append(f"{quantity(metrics['speed/tokens_per_s'])} tokens/s")
+    return "  ".join(parts)
+
+
+def quantity(value: float) -> str:
+    """A figure with three digits and a magnitude: 987, 12.3k, 4.56M, 7.89G, 1.2T."""
+    if not math.isfinite(value):
+        return str(value)
+    for unit in ("", "k", "M", "G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def duration(seconds: float) -> str:
+    """41s, 3m20s, 5h07m, 2d03h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+@contextmanager
+def work_progress(description: str, total: int, *, console: Console | None = None) -> Iterator[Callable[[int], None]]:
+    """Progress of any long work: yields `advance(count)`. A bar on a terminal; else a line every 10 % and 10 s or more.
+
+    Example:
+        with work_progress("indexing shards", len(urls)) as advance:
+            index_shards(urls, progress=advance)
+    """
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with _work_bar(console) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda count=1: bar.advance(task, count)
+        return
+    shown, done = [time.monotonic(), 0], 0
+
+    def advance(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        late = time.monotonic() - shown[0] >= 10
+        if done >= total or (late and (done - shown[1]) * 10 >= total):
+            shown[:] = [time.monotonic(), done]
+            _logger.info("%s: %d/%d", description, done, total)
+
+    yield advance
+
+
+def _train_bar(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(compact=True))
+    return Progress(*columns, console=console)
+
+
+def _work_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
+    return Progress(*columns, console=console)
+
+
+def _log_above_the_bar() -> list[logging.StreamHandler]:
+    """Send log handlers that write to the terminal through the stderr that rich has put in place, above the bar."""
+    moved = []
+    for handler in logging.getLogger("trichord").handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
+            moved.append(handler)
+    return moved

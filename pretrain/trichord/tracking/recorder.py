@@ -1,0 +1,100 @@
+"""What a run leaves behind while it runs: metrics, events, progress, the W&B mirror. Only rank 0 records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trichord.core.log import get_logger
+from trichord.tracking.config import TrackingConfig
+from trichord.tracking.metrics import EventsWriter, MetricsWriter
+from trichord.tracking.progress import Progress
+from trichord.tracking.wandb import WandbMirror
+
+log = get_logger(__name__)
+
+
+@dataclass
+class Window:
+    """Sums since the last log line: host numbers only, so that collecting them costs nothing."""
+
+    started: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean_ms(self, name: str) -> float:
+        return 1000.0 * self.sums.get(name, 0.0) / max(1, self.steps)
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, time.monotonic() - self.started)
+
+
+class Recorder:
+    """The record of one attempt. Other ranks get one that ignores everything (`active=False`)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        active: bool,
+        attempt: int,
+        resume_step: int | None,
+        total_steps: int,
+        run_name: str,
+        run_facts: Mapping[str, Any],
+        wandb_run_id: str | None,
+    ):
+        self.active = active
+        self.wandb_run_id = wandb_run_id
+        if not active:
+            return
+        self._metrics = MetricsWriter(folder, resume_step=resume_step)
+        self._events = EventsWriter(folder, attempt=attempt)
+        self._progress = Progress(total_steps, first_step=resume_step or 0, label=run_name)
+        self._wandb = WandbMirror(
+            config.wandb,
+            folder,
+            run_name=run_name,
+            run_config=run_facts,
+            run_id=wandb_run_id,
+            resume_step=resume_step,
+            attempt=attempt,
+        )
+        self.wandb_run_id = self._wandb.run_id
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics at `step`, to the JSONL first, then to the mirror and the progress display."""
+        if not self.active:
+            return
+        self._metrics.log(step, values)
+        self._wandb.log(step, values)
+        self._progress.update(step, values)
+
+    def event(self, kind: str, step: int | None = None, **facts: Any) -> None:
+        if self.active:
+            self._events.log(kind, step=step, **facts)
+
+    def close(self, exit_code: int) -> None:
+        """Flush and close everything; never raises."""
+        if not self.active:
+            return
+        for name, close in (
+            ("progress", self._progress.close),
+            ("wandb", lambda: self._wandb.finish(exit_code)),
+            ("metrics", self._metrics.close),
+            ("events", self._events.close),
+        ):
+            try:
+                close()
+            except Exception as error:  # the run is over: a failing sink must not change its outcome
+                log.warning("closing %s failed: %s", name, error)

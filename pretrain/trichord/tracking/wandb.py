@@ -1,0 +1,268 @@
+"""The Weights & Biases mirror of a run. `metrics.jsonl` is the record; whatever happens here, training goes on.
+
+Rows are logged at W&B's own step, and carry `step` as a column that every chart uses as its axis. When a run goes on
+from a checkpoint, the steps after it are done again:
+
+- online, W&B rewinds the run to the checkpoint's step (`resume_from`). Where the server refuses (rewinding is not
+  enabled everywhere), the run is continued (`resume="allow"`); rows then carry the attempt number, and the steps that
+  were done twice are there twice. Both paths are untested against a server.
+- offline, every start leaves one more folder, and a killed process loses the rows W&B still buffered. `sync_run`
+  rebuilds one clean run from the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import netrc
+import os
+import secrets
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+
+from trichord.core.errors import ConfigError, TrichordError
+from trichord.core.log import get_logger
+from trichord.core.status import write_atomically
+from trichord.tracking.config import WandbConfig
+from trichord.tracking.metrics import merge_steps, read_metrics
+
+Mode = Literal["online", "offline", "off"]
+Axis = Literal["step", "own"]  # "step": W&B's step is ours; "own": it is not, since a run was continued, not rewound
+
+_INIT_TIMEOUT_S = 30.0
+_FINISH_TIMEOUT_S = 60.0  # a stop has a deadline; what is not uploaded by then stays on disk
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What W&B is told about a run: its name, the resolved config as plain data, and which start of it this is."""
+
+    name: str
+    config: Mapping[str, Any]
+    attempt: int = 0
+
+
+class WandbMirror:
+    """Copies metrics to W&B. A failure warns once and switches the mirror off; it never raises.
+
+    config: mode, project, entity, group, tags.
+    facts: name, resolved config, attempt.
+    folder: the run folder; W&B's files go to `wandb/` in it.
+    run_id: the id stored in the checkpoint that the run goes on from; None for a new run (a restart before the first
+        checkpoint finds the id in the folder). A branch is a new run: pass None.
+    resume_step: the step of that checkpoint.
+
+    `run_id` (None with mode off and no id given) is what the checkpoint must store.
+    """
+
+    def __init__(
+        self,
+        config: WandbConfig,
+        facts: RunFacts,
+        folder: Path,
+        *,
+        run_id: str | None = None,
+        resume_step: int | None = None,
+    ) -> None:
+        self.mode: Mode = resolve_mode(config.mode)
+        self.run_id = run_id
+        self._run: Any = None
+        self._facts = facts
+        self._axis: Axis = "step"
+        if self.mode == "off":
+            return
+        stored = _read_identity(Path(folder))
+        resuming = run_id or stored.get("id")
+        self.run_id = resuming or _new_id()
+        try:
+            self._run, self._axis = _start(self.mode, config, facts, folder, self.run_id, stored, resuming, resume_step)
+            _write_identity(Path(folder), self.run_id, self._axis)
+        except Exception as error:  # a network, a server or a package at fault: none is worth a training run
+            self._give_up("could not start", error)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Mirror one line of the record."""
+        if self._run is None:
+            return
+        try:
+            if self._axis == "step":
+                self._run.log({**metrics, "step": step}, step=step)
+            else:
+                self._run.log({**metrics, "step": step, "attempt": self._facts.attempt})
+        except Exception as error:
+            self._give_up("could not log", error)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, waiting at most a minute for uploads."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up("could not finish", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        _logger.warning(
+            "wandb %s (%s: %s); going on without it, metrics.jsonl has everything and `trichord track sync` uploads it",
+            what,
+            type(error).__name__,
+            error,
+        )
+
+
+def resolve_mode(mode: Literal["auto", "online", "offline", "off"], environ: Mapping[str, str] | None = None) -> Mode:
+    """What mode a run uses: `auto` follows WANDB_MODE, then is online where an API key is configured, else offline.
+
+    Online without a key becomes offline with a warning, since W&B would ask for the key on the terminal and wait.
+    """
+    environ = os.environ if environ is None else environ
+    wanted = mode
+    if mode == "auto":
+        named = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        wanted = named.get(environ.get("WANDB_MODE", ""), "auto")
+    if wanted == "off":
+        return "off"
+    if wanted == "offline" or (wanted == "auto" and not has_api_key(environ)):
+        return "offline"
+    if not has_api_key(environ):
+        _logger.warning("wandb: online was asked for, but no API key is configured (`wandb login`); writing offline")
+        return "offline"
+    return "online"
+
+
+def has_api_key(environ: Mapping[str, str]) -> bool:
+    """Whether W&B would find a key without asking: WANDB_API_KEY, an identity token, or a netrc entry of its host."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(environ.get("NETRC") or Path(environ.get("HOME", "/")) / ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """What `sync_run` made. rows: steps; location: the run's URL, or the folder of an offline run."""
+
+    run_id: str
+    mode: Mode
+    rows: int
+    location: str
+
+
+def sync_run(
+    folder: Path, *, mode: Literal["auto", "online", "offline"] = "auto", run_id: str | None = None
+) -> SyncResult:
+    """Rebuild one W&B run of a run folder from its record: `trichord track sync RUN`.
+
+    Rows of one step are merged and keep their times. Offline it writes `wandb/offline-run-*` in the run folder, for
+    `wandb sync` on a machine with network. run_id: None takes the run's own id, so that online only the steps W&B does
+    not have yet are added; give a new id for a fresh copy.
+
+    Raises:
+        ConfigError: the folder has no metrics.
+        TrichordError: W&B refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    rows = merge_steps(read_metrics(folder))
+    if not rows:
+        raise ConfigError(f"{folder} has no metrics.jsonl with metrics; expected the folder of a run that has trained")
+    resolved = _resolved_config(folder)
+    config = WandbConfig(**resolved.get("tracking", {}).get("wandb", {}))
+    wanted = resolve_mode(mode)
+    wanted = "offline" if wanted == "off" else wanted
+    run_id = run_id or _read_identity(folder).get("id") or _new_id()
+    try:
+        run = _init(wanted, config, RunFacts(folder.name, resolved), folder, id=run_id, resume="allow")
+        for row in rows:
+            metrics = {name: value for name, value in row.items() if name != "time"}
+            run.log({**metrics, "_timestamp": row.get("time", 0.0)}, step=row["step"])
+        location = run.url if wanted == "online" else str(Path(run.dir).parent)
+        run.finish()
+    except Exception as error:
+        raise TrichordError(f"wandb could not take the run ({type(error).__name__}: {error})") from error
+    _write_identity(folder, run_id, "step")
+    return SyncResult(run_id, wanted, len(rows), location or "")
+
+
+def _start(
+    mode: Mode,
+    config: WandbConfig,
+    facts: RunFacts,
+    folder: Path,
+    run_id: str,
+    stored: Mapping[str, Any],
+    resuming: str | None,
+    resume_step: int | None,
+) -> tuple[Any, Axis]:
+    """The W&B run, and whether its steps are ours: rewound where possible, continued where not."""
+    if mode == "offline" or not resuming:
+        return _init(mode, config, facts, folder, id=run_id), "step"
+    if resume_step is not None and stored.get("axis", "step") == "step":
+        try:
+            return _init(mode, config, facts, folder, resume_from=f"{run_id}?_step={resume_step}"), "step"
+        except Exception as error:  # W&B names no single error for "this server does not rewind"
+            _logger.warning("wandb did not rewind run %s to step %s (%s); continuing it", run_id, resume_step, error)
+    return _init(mode, config, facts, folder, id=run_id, resume="allow"), "own"
+
+
+def _init(mode: Mode, config: WandbConfig, facts: RunFacts, folder: Path, **identity: Any) -> Any:
+    import wandb  # heavy, and not part of the base install
+
+    Path(folder).mkdir(parents=True, exist_ok=True)  # else W&B silently writes to a temporary folder
+    wishes = {
+        "init_timeout": _INIT_TIMEOUT_S,
+        "finish_timeout": _FINISH_TIMEOUT_S,
+        "console": "off",  # our logs are per rank in the run folder
+        "disable_git": True,  # the run folder has the git state
+        "disable_code": True,
+        "silent": True,
+    }
+    known = {name: value for name, value in wishes.items() if name in wandb.Settings.model_fields}
+    run = wandb.init(
+        mode=mode,
+        dir=str(folder),
+        name=facts.name,
+        project=config.project,
+        entity=config.entity,
+        group=config.group,
+        tags=list(config.tags) or None,
+        config=dict(facts.config),
+        settings=wandb.Settings(**known),
+        **identity,
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _new_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        identity = json.loads((folder / "wandb" / "identity.json").read_text(encoding="utf-8"))
+        return identity if isinstance(identity, dict) else {}
+    return {}
+
+
+def _write_identity(folder: Path, run_id: str, axis: Axis) -> None:
+    write_atomically(folder / "wandb" / "identity.json", json.dumps({"id": run_id, "axis": axis}) + "\n")
+
+
+def _resolved_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return values if isinstance(values, dict) else {}
