@@ -1,0 +1,312 @@
+"""The index of a shard: any sample is a seek, and every length is known before anything is decoded.
+
+Torch-free and numpy-free: a login node builds it. Pillow and soundfile are imported only when members are measured.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any, NamedTuple, get_args
+
+from trichord.core.log import get_logger
+from trichord.shards import sidecars
+from trichord.shards.config import FieldsConfig
+from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, split_name, walk_members
+from trichord.shards.probes import Kind, measure
+from trichord.shards.sidecars import LenHeader
+from trichord.shards.storage import open_shard, shard_identity, with_retries
+
+__all__ = ["MemberRef", "SampleEntry", "ShardIndex", "build_index", "index_shards", "load_header", "load_index"]
+
+_log = get_logger(__name__)
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """What is known of one sample without opening it.
+
+    key: webdataset's key; shard: URL of the tar. members: by field (`image`, `audio`, `text`, `meta`), those present.
+    text_chars: characters of the text. image_size: (width, height) in pixels after EXIF rotation.
+    audio_frames, audio_rate: frames at audio_rate Hz. problem: why the sample cannot be used, or None.
+    """
+
+    key: str
+    shard: str
+    members: dict[str, MemberRef] = field(default_factory=dict)
+    text_chars: int | None = None
+    image_size: tuple[int, int] | None = None
+    audio_frames: int | None = None
+    audio_rate: int | None = None
+    problem: str | None = None
+
+
+class ShardHeader(NamedTuple):
+    """What `open_sources` needs of a shard: how many samples, and what is wrong with it as a whole."""
+
+    url: str
+    num_samples: int
+    damage: str | None
+    unsafe_members: int
+
+
+class ShardIndex:
+    """The two sidecars of one shard in memory, as bytes; a sample's lines are parsed when asked for."""
+
+    def __init__(self, url: str, header: LenHeader, idx: bytes, lengths: bytes):
+        self.url = url
+        self.header = header
+        self._idx, self._idx_starts = idx, _line_starts(idx, header.samples)
+        self._lengths, self._length_starts = lengths, _line_starts(lengths, header.samples)
+
+    @property
+    def num_samples(self) -> int:
+        return self.header.samples
+
+    @property
+    def damage(self) -> str | None:
+        """Why the tar could not be read to its end; its whole samples are there nevertheless."""
+        return self.header.damage
+
+    @property
+    def unsafe_members(self) -> int:
+        return self.header.unsafe_members
+
+    def entry(self, sample: int, fields: FieldsConfig | None = None, max_members: int | None = None) -> SampleEntry:
+        """Sample number `sample` of the shard, its members mapped to fields.
+
+        A sample that cannot be used has `problem` set: two members of one extension, no mapped member, more members
+        than `max_members`, or a member of a field that could not be measured.
+        """
+        fields = fields or FieldsConfig()
+        members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
+        values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample))
+        extra = values.pop() if len(values) > len(self.header.columns) else {}
+        if "names" in extra:
+            members = _renamed(members, extra["names"])
+        measures = dict(zip(self.header.columns, values))
+        return _entry(self.url, members, measures, extra.get("problem"), fields, max_members)
+
+
+def _entry(
+    url: str,
+    members: list[MemberRef],
+    measures: dict[tuple[str, str], Any],
+    problem: str | None,
+    fields: FieldsConfig,
+    max_members: int | None,
+) -> SampleEntry:
+    by_ext = {ref.ext: ref for ref in members if not is_unsafe(ref.ext)}
+    mapped: dict[str, MemberRef] = {}
+    known: dict[str, Any] = {}
+    for name in (*_KINDS, "meta"):
+        ext = next((ext for ext in getattr(fields, name) if ext.lower() in by_ext), None)
+        if ext is None:
+            continue
+        mapped[name] = by_ext[ext.lower()]
+        known[name] = measures.get((name, ext.lower()))
+        if isinstance(known[name], str):
+            problem = problem or f"{name}: {known[name]}"
+    if not mapped:
+        problem = problem or f"no member with a mapped extension; found {sorted(ref.ext for ref in members)}"
+    if max_members is not None and len(members) > max_members:
+        problem = problem or f"{len(members)} members, more than shards.max_members_per_sample {max_members}"
+    key = (split_name(members[0].name) or ("", ""))[0]
+    if problem is not None:
+        return SampleEntry(key, url, mapped, problem=problem)
+    width_height, frames_rate = known.get("image"), known.get("audio") or (None, None)
+    return SampleEntry(
+        key=key,
+        shard=url,
+        members=mapped,
+        text_chars=known.get("text"),
+        image_size=None if width_height is None else (width_height[0], width_height[1]),
+        audio_frames=frames_rate[0],
+        audio_rate=frames_rate[1],
+    )
+
+
+def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
+    """Read a shard from front to back, measure its members, write `.idx` and `.len`, and return the index.
+
+    Args:
+        url: the tar. fields: which extensions are images, audio and text; the default ones are always measured too.
+
+    Raises:
+        DataError: the shard cannot be read, is compressed or no tar, or the sidecars cannot be written.
+    """
+    identity = shard_identity(url)
+    kinds = _kinds_by_ext(fields or FieldsConfig())
+
+    def walk() -> tuple[list[_Gathered], WalkReport]:
+        report = WalkReport()
+        with open_shard(url) as file:
+            return _gather(walk_members(file, int(identity["size"]), url, report), kinds, report), report
+
+    samples, report = with_retries(walk, f"indexing shard {url}")
+    idx = f"{sidecars.IDX_VERSION} {len(samples)}\n" + "".join(sidecars.idx_line(sample.members) for sample in samples)
+    idx_bytes = idx.encode(errors="surrogateescape")
+    columns = tuple(sorted({pair for sample in samples for pair in sample.measures}))
+    covered = sorted({(kind, ext) for ext, found in kinds.items() for kind in found})
+    header = LenHeader(
+        shard=identity,
+        samples=len(samples),
+        idx=sidecars.idx_digest(idx_bytes),
+        columns=columns,
+        covered=tuple(covered),
+        unsafe_members=report.unsafe_members,
+        damage=report.damage,
+    )
+    lengths = (header.to_line() + "".join(sample.len_line(columns) for sample in samples)).encode()
+    sidecars.write_sidecars(url, idx_bytes, lengths)
+    return ShardIndex(url, header, idx_bytes, lengths)
+
+
+@dataclass
+class _Gathered:
+    """One sample while its shard is walked: members with the extension as written, measures by (kind, ext)."""
+
+    key: str
+    members: list[tuple[str, MemberRef]] = field(default_factory=list)
+    measures: dict[tuple[str, str], Any] = field(default_factory=dict)
+    problem: str | None = None
+
+    def add(self, found: FoundMember, kinds: dict[str, list[Kind]]) -> None:
+        ext = found.ref.ext
+        if self.problem is None and any(ref.ext == ext for _, ref in self.members):
+            self.problem = f"two members with extension {ext!r}, the second is {found.ref.name!r}"
+        self.members.append((found.raw_ext, found.ref))
+        for kind in () if is_unsafe(ext) else kinds.get(ext, ()):
+            found.file.seek(0)
+            self.measures[kind, ext] = measure(kind, found.file, found.ref.size)
+
+    def len_line(self, columns: Sequence[tuple[str, str]]) -> str:
+        names = sidecars.exact_names([ref for _, ref in self.members])
+        extra: dict[str, Any] = {} if self.problem is None else {"problem": self.problem}
+        if names is not None:
+            extra["names"] = names
+        return sidecars.len_line([self.measures.get(pair) for pair in columns], extra)
+
+
+def _gather(walk, kinds: dict[str, list[Kind]], report: WalkReport) -> list[_Gathered]:
+    """Neighbouring members with one key are a sample (webdataset's rule)."""
+    samples: list[_Gathered] = []
+    for found in walk:
+        if not samples or samples[-1].key != found.key:
+            samples.append(_Gathered(found.key))
+        samples[-1].add(found, kinds)
+    if report.damage is not None and samples:
+        # The tar breaks off: whether its last sample had more members cannot be told, so it does not count as whole.
+        dropped = samples.pop()
+        report.damage += (
+            f"; its last sample {dropped.key!r} is left out, {len(samples)} whole samples before it are used"
+        )
+    return samples
+
+
+def load_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
+    """The index of a shard from its sidecars; built anew where missing, damaged, or of another version of it."""
+    fresh = _fresh(url, fields)
+    if fresh is not None:
+        place, header = fresh
+        try:
+            idx, lengths = sidecars.read_sidecars(place)
+            if sidecars.idx_digest(idx) == header.idx and lengths.startswith(header.to_line().encode()):
+                return ShardIndex(url, header, idx, lengths)
+        except (OSError, ValueError) as error:
+            _log.warning("sidecars of %s cannot be read (%s); building them anew", url, error)
+    return build_index(url, fields)
+
+
+def load_header(url: str, fields: FieldsConfig | None = None) -> ShardHeader:
+    """How many samples a shard has: one line is read where the sidecars are fresh, else they are built."""
+    fresh = _fresh(url, fields)
+    header = fresh[1] if fresh is not None else build_index(url, fields).header
+    return ShardHeader(url, header.samples, header.damage, header.unsafe_members)
+
+
+def index_shards(
+    urls: Sequence[str],
+    workers: int = 1,
+    on_progress: Callable[[int, int, str], None] | None = None,
+    fields: FieldsConfig | None = None,
+) -> list[ShardHeader]:
+    """Make the sidecars of all shards current, `workers` processes at a time; fresh ones cost one look.
+
+    Args:
+        on_progress: called as (done, total, url) after each shard, in the order they get done.
+
+    Returns:
+        One header per URL, in the order of `urls`.
+    """
+    headers: dict[str, ShardHeader] = {}
+
+    def note(header: ShardHeader) -> None:
+        headers[header.url] = header
+        if on_progress is not None:
+            on_progress(len(headers), len(set(urls)), header.url)
+
+    todo = []
+    for url in dict.fromkeys(urls):
+        fresh = _fresh(url, fields)
+        if fresh is None:
+            todo.append(url)
+        else:
+            note(ShardHeader(url, fresh[1].samples, fresh[1].damage, fresh[1].unsafe_members))
+    if workers <= 1 or len(todo) <= 1:
+        for url in todo:
+            note(load_header(url, fields))
+    else:
+        # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(load_header, url, fields) for url in todo]):
+                note(future.result())
+    return [headers[url] for url in urls]
+
+
+def _fresh(url: str, fields: FieldsConfig | None) -> tuple[str, LenHeader] | None:
+    """Place and header of sidecars that describe the shard as it is now and cover the mapped extensions."""
+    identity = shard_identity(url)
+    wanted = {(kind, ext) for ext, kinds in _kinds_by_ext(fields or FieldsConfig()).items() for kind in kinds}
+    for place in sidecars.sidecar_places(url):
+        header = sidecars.read_header(place)
+        if header is not None and header.shard == identity and wanted <= set(header.covered):
+            return place, header
+    return None
+
+
+def _kinds_by_ext(fields: FieldsConfig) -> dict[str, list[Kind]]:
+    """What to measure of a member: the kinds its extension is mapped to, by `fields` or by default."""
+    kinds: dict[str, list[Kind]] = {}
+    for config in (fields, FieldsConfig()):
+        for kind in _KINDS:
+            for ext in getattr(config, kind):
+                if kind not in kinds.setdefault(ext.lower(), []):
+                    kinds[ext.lower()].append(kind)
+    return kinds
+
+
+def _line_starts(data: bytes, samples: int) -> array:
+    """Byte offset of each sample's line (the first line of a file is its header), and the end of the last."""
+    starts = array("Q")
+    position = data.find(b"\n") + 1
+    while position and position < len(data) and len(starts) < samples:
+        starts.append(position)
+        position = data.find(b"\n", position) + 1
+    if len(starts) != samples or not position:
+        raise ValueError(f"a sidecar should hold {samples} samples, and holds {len(starts)} lines")
+    starts.append(position)
+    return starts
+
+
+def _line(data: bytes, starts: array, sample: int) -> bytes:
+    return data[starts[sample] : starts[sample + 1]]
+
+
+def _renamed(members: list[MemberRef], names: list[str]) -> list[MemberRef]:
+    """Members with their exact names, and the extensions that follow from these."""
+    exts = [(split_name(name) or ("", ""))[1].lower() for name in names]
+    return [ref._replace(ext=ext, name=name) for ref, ext, name in zip(members, exts, names)]

@@ -1,0 +1,186 @@
+"""The two small files beside each shard, their formats and their places.
+
+`.idx`: the members of each sample, in the text format v1.2 of NVIDIA DALI's `wds2idx`, so that both tools share it:
+
+    v1.2 <samples>
+    <ext> <offset> <size> <name> [<ext> <offset> <size> <name> ...]      one line per sample
+
+`.len`: JSON lines. The first says which version of the shard it describes and what the columns are; then one array per
+sample with, per column, null (no such member), the member's measure (see `probes`), or a string: why it has none.
+An object at the end of an array holds what does not fit the columns: `problem` of the whole sample, exact `names`.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trichord.core.errors import DataError
+from trichord.core.log import get_logger
+from trichord.shards.members import MemberRef
+from trichord.shards.sources import is_remote, local_path
+from trichord.shards.storage import filesystem
+
+_log = get_logger(__name__)
+LEN_FORMAT = "trichord-len"
+LEN_VERSION = 1
+IDX_VERSION = "v1.2"
+CACHE_VARIABLE = "TRICHORD_CACHE"
+_MAX_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LenHeader:
+    """First line of a `.len` file.
+
+    shard: identity of the tar it describes. samples: lines that follow. idx: length and hash of the `.idx` beside it.
+    columns: (kind, ext) of each value in a line. covered: all (kind, ext) that were looked for.
+    unsafe_members: members with pickled code, never opened. damage: why the tar was not read to its end, or None.
+    """
+
+    shard: dict[str, int | str]
+    samples: int
+    idx: dict[str, int | str]
+    columns: tuple[tuple[str, str], ...]
+    covered: tuple[tuple[str, str], ...]
+    unsafe_members: int = 0
+    damage: str | None = None
+    format: str = LEN_FORMAT
+    version: int = LEN_VERSION
+
+    def to_line(self) -> str:
+        return _dump({"format": self.format, "version": self.version, **asdict(self)}) + "\n"
+
+    @staticmethod
+    def from_line(line: bytes | str) -> "LenHeader | None":
+        """The header, or None if this is not one that this version of the code writes."""
+        try:
+            fields = json.loads(line)
+            if fields["format"] != LEN_FORMAT or fields["version"] != LEN_VERSION:
+                return None
+            header = LenHeader(**fields)
+            pairs = {name: tuple((kind, ext) for kind, ext in getattr(header, name)) for name in ("columns", "covered")}
+        except (ValueError, TypeError, KeyError):
+            return None
+        return replace(header, **pairs)
+
+
+def idx_line(members: list[tuple[str, MemberRef]]) -> str:
+    """A line of `.idx` from (extension as in the tar, member) pairs; white space inside names becomes `%20`.
+
+    DALI's reader splits at any white space, so a name that holds some would break the file for it.
+    """
+    return " ".join(f"{_escape(ext)} {ref.offset} {ref.size} {_escape(ref.name)}" for ext, ref in members) + "\n"
+
+
+def parse_idx_line(line: bytes | str) -> list[MemberRef]:
+    """Members of one sample. Raises ValueError if the line is not in the format."""
+    words = (line.decode(errors="surrogateescape") if isinstance(line, bytes) else line).split()
+    if not words or len(words) % 4:
+        raise ValueError(f"expected groups of `ext offset size name`, got {len(words)} words")
+    groups = range(0, len(words), 4)
+    return [MemberRef(words[i].lower(), words[i + 3], int(words[i + 1]), int(words[i + 2])) for i in groups]
+
+
+def exact_names(members: list[MemberRef]) -> list[str] | None:
+    """The members' names, if `.idx` cannot hold them as they are."""
+    names = [ref.name for ref in members]
+    return names if any(_escape(name) != name for name in names) else None
+
+
+def len_line(values: list[Any], extra: dict[str, Any]) -> str:
+    return _dump([*values, extra] if extra else values) + "\n"
+
+
+def idx_digest(idx: bytes) -> dict[str, int | str]:
+    return {"bytes": len(idx), "blake2b": hashlib.blake2b(idx, digest_size=16).hexdigest()}
+
+
+def sidecar_places(url: str) -> list[str]:
+    """Where the sidecars of a shard may be, as URLs without the ending: beside it, then in the local cache.
+
+    The cache ($TRICHORD_CACHE, else $XDG_CACHE_HOME/trichord, else ~/.cache/trichord) serves shards in folders or
+    buckets that this user cannot write to.
+    """
+    address = url if is_remote(url) else os.path.abspath(local_path(url))
+    root = os.environ.get(CACHE_VARIABLE) or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "trichord"
+    )
+    folder = hashlib.blake2b(address.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    stem = url.removesuffix(".tar") if is_remote(url) else local_path(url).removesuffix(".tar")
+    return [stem, os.path.join(root, "sidecars", folder, os.path.basename(stem))]
+
+
+def read_header(place: str) -> LenHeader | None:
+    """Header of the `.len` at a place; None if there is none that this code wrote."""
+    try:
+        if is_remote(place):
+            fs, path = filesystem(place + ".len")
+            start = fs.cat_file(path, start=0, end=_MAX_HEADER_BYTES)
+        else:
+            with open(place + ".len", "rb") as file:
+                start = file.readline(_MAX_HEADER_BYTES)
+    except OSError:
+        return None
+    return LenHeader.from_line(start.split(b"\n", 1)[0])
+
+
+def read_sidecars(place: str) -> tuple[bytes, bytes]:
+    """(.idx, .len) as they are. Raises OSError."""
+    if is_remote(place):
+        fs, path = filesystem(place)
+        return fs.cat_file(path + ".idx"), fs.cat_file(path + ".len")
+    return Path(place + ".idx").read_bytes(), Path(place + ".len").read_bytes()
+
+
+def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
+    """Write both files to the first place that takes them, `.len` last; returns the place.
+
+    Raises:
+        DataError: neither the shard's folder nor the cache can be written.
+    """
+    refusals = []
+    for place in sidecar_places(url):
+        try:
+            if is_remote(place):
+                fs, path = filesystem(place)
+                fs.pipe_file(path + ".idx", idx)
+                fs.pipe_file(path + ".len", lengths)
+            else:
+                os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+                _replace_file(place + ".idx", idx)
+                _replace_file(place + ".len", lengths)
+        except (OSError, NotImplementedError) as error:
+            refusals.append(f"{place}.len ({error})")
+            continue
+        if refusals:
+            _log.info("sidecars of %s are kept in %s: cannot write %s", url, os.path.dirname(place), refusals[0])
+        return place
+    raise DataError(
+        f"cannot write the sidecars of shard {url}: tried {' and '.join(refusals)}; make one of the folders writable, "
+        f"set {CACHE_VARIABLE} to a folder that is, or run `trichord data index` as a user who may write there"
+    )
+
+
+def _replace_file(path: str, data: bytes) -> None:
+    """Several processes may write the same sidecar: each writes its own file, and the last rename stands."""
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".sidecar-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600, and colleagues read these
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _escape(word: str) -> str:
+    return "".join(f"%{ord(char):02X}" if char.isspace() else char for char in word)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
