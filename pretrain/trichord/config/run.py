@@ -48,7 +48,9 @@ class RunConfig(Leaf):
     @model_validator(mode="after")
     def _rooms_agree(self):
         if self.objectives.next_token and self.fusion.trunk is None:
-            raise ValueError("objectives.next_token needs a language model: set fusion.kind to interleave and fusion.trunk")
+            raise ValueError(
+                "objectives.next_token needs a language model: set fusion.kind to interleave and fusion.trunk"
+            )
         if self.objectives.contrastive:
             self._check_pairs(self.objectives.contrastive.pairs)
         if self.run.max_steps is None and any(source.epochs is None for source in self.shards.sources):
