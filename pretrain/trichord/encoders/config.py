@@ -12,7 +12,7 @@ class VisionConfig(Leaf):
 
     name: str = "vit_base_patch16_siglip_224"
     """Any timm model whose `forward_features` returns patch tokens."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Passed to `timm.create_model` (embed_dim, depth, num_heads, patch_size, ...)."""
     weights: str | None = None
     """Path of a safetensors file or folder to start from; null: random."""

@@ -32,7 +32,9 @@ class TrunkConfig(Leaf):
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
         if self.rope_sections and 2 * sum(self.rope_sections) != self.resolved_head_dim:
-            raise ValueError(f"rope_sections {self.rope_sections} must sum to head_dim / 2 = {self.resolved_head_dim // 2}")
+            raise ValueError(
+                f"rope_sections {self.rope_sections} must sum to head_dim / 2 = {self.resolved_head_dim // 2}"
+            )
         return self
 
     @property

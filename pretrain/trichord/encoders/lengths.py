@@ -1,0 +1,39 @@
+"""How many tokens an item becomes: plain functions of the config, for planning rows before anything is decoded."""
+
+from __future__ import annotations
+
+from trichord.core.errors import ConfigError
+from trichord.encoders.config import AudioEncoderConfig, VisionConfig
+
+_GRIDS: dict[tuple[str, int], tuple[int, int]] = {}
+
+
+def image_grid(config: VisionConfig, image_size: int) -> tuple[int, int]:
+    """Rows and columns of patch tokens of an image of `image_size` x `image_size` pixels.
+
+    Asks timm for the model on the meta device (no memory, some 0.1 s); the answer is remembered.
+
+    Raises:
+        ConfigError: unknown model or options, or the model gives no grid of patch tokens.
+    """
+    key = (config.model_dump_json(), image_size)
+    if key not in _GRIDS:
+        import torch
+
+        from trichord.encoders.vision import create_backbone, patch_grid
+
+        with torch.device("meta"):
+            _GRIDS[key] = patch_grid(create_backbone(config, image_size), config.name, image_size)
+    return _GRIDS[key]
+
+
+def mel_frames(config: AudioEncoderConfig, num_samples: int) -> int:
+    """Log-mel frames of a clip of `num_samples` at the model's rate: one per full hop, at least one."""
+    if num_samples < 1:
+        raise ConfigError(f"an audio clip needs at least one sample, got {num_samples}; leave empty clips out")
+    return max(1, num_samples // config.mel.hop_length)
+
+
+def audio_tokens(config: AudioEncoderConfig, num_samples: int) -> int:
+    """Audio tokens of a clip of `num_samples` at the model's rate: one per `stride` frames, the last one shared."""
+    return -(-mel_frames(config, num_samples) // config.stride)

@@ -1,0 +1,105 @@
+"""The vision tower: a timm model that turns normalised pixels into patch tokens."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+from trichord.core.errors import ConfigError
+from trichord.core.log import get_logger
+from trichord.encoders.config import VisionConfig
+from trichord.encoders.weights import is_meta, load_into, read_safetensors
+from trichord.samples.config import ImageConfig
+
+log = get_logger(__name__)
+
+# Parts of released timm checkpoints that come after the patch tokens; we use the tokens themselves.
+_BEYOND_TOKENS = ("attn_pool.", "head.", "fc_norm.", "head_dist.")
+
+
+def create_backbone(config: VisionConfig, image_size: int) -> nn.Module:
+    """The timm model without pooling and classifier, so that calling it returns all tokens.
+
+    Calling the module itself (not its `forward_features`) matters: class token and position embedding belong to it,
+    and ZeRO-3 gathers them when it is called.
+
+    Raises:
+        ConfigError: no such model, options it does not take, or an `img_size` other than the pictures'.
+    """
+    import timm
+
+    options = {"img_size": image_size, **config.options}
+    if options["img_size"] not in (image_size, (image_size, image_size), [image_size, image_size]):
+        raise ConfigError(
+            f"encoders.vision.options.img_size is {options['img_size']}, but samples.image.size is {image_size}; "
+            "leave img_size out, it follows samples.image.size"
+        )
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3, cutoff=0.4)
+        raise ConfigError(
+            f"encoders.vision.name {config.name!r} is no timm model; nearest: {', '.join(near) or 'none'}"
+        )
+    try:
+        return timm.create_model(config.name, pretrained=False, num_classes=0, global_pool="", **options)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"timm cannot build {config.name!r} with options {options}: {error}") from error
+
+
+def patch_grid(backbone: nn.Module, name: str, image_size: int) -> tuple[int, int]:
+    """Rows and columns of its patch tokens.
+
+    Raises:
+        ConfigError: the model does not return a grid of patch tokens.
+    """
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if grid is None or not hasattr(backbone, "num_prefix_tokens"):
+        raise ConfigError(
+            f"encoders.vision.name {name!r} ({type(backbone).__name__}) returns no sequence of patch tokens; "
+            "choose a plain vision transformer, such as vit_base_patch16_224"
+        )
+    return int(grid[0]), int(grid[1])
+
+
+class VisionTower(nn.Module):
+    """Pixels -> patch tokens. One row of tokens per patch, class and register tokens dropped."""
+
+    def __init__(self, config: VisionConfig, image: ImageConfig):
+        super().__init__()
+        self.backbone = create_backbone(config, image.size)
+        self.grid = patch_grid(self.backbone, config.name, image.size)
+        self.image_size = image.size
+        self.hidden_size = int(self.backbone.num_features)
+        self.num_prefix_tokens = int(self.backbone.num_prefix_tokens)
+        self.mean, self.std = image.mean, image.std
+        if config.weights and not is_meta(self):
+            _load_weights(self.backbone, config.weights)
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (I, 3, S, S) uint8 -> (I, P, D), P = rows * columns in reading order."""
+        dtype = next(self.backbone.parameters()).dtype
+        # Channel by channel with host numbers: a tensor of means would be a copy from the host in each step.
+        scaled = [(pixels[:, c].float() / 255.0 - mean) / std for c, (mean, std) in enumerate(zip(self.mean, self.std))]
+        tokens = self.backbone(torch.stack(scaled, dim=1).to(dtype))
+        return tokens[:, self.num_prefix_tokens :]
+
+    def placeholder(self, device: torch.device) -> Tensor:
+        """One grey image (1, 3, S, S) uint8, for a micro-batch without any."""
+        return torch.full((1, 3, self.image_size, self.image_size), 128, dtype=torch.uint8, device=device)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute blocks in the backward pass (non-reentrant, timm's default)."""
+        self.backbone.set_grad_checkpointing(True)
+
+
+def _load_weights(backbone: nn.Module, path: str) -> None:
+    weights = read_safetensors(path)
+    dropped = [key for key in weights if key.startswith(_BEYOND_TOKENS) and key not in backbone.state_dict()]
+    if dropped:
+        log.info("encoders.vision.weights: not used, as they follow the patch tokens: %s", ", ".join(dropped))
+    load_into(backbone, {k: v for k, v in weights.items() if k not in dropped}, path)

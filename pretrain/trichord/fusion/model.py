@@ -1,0 +1,250 @@
+"""`Trichord`: towers, connectors and trunk as one module that knows only `PackedBatch`.
+
+The modality rule: every forward calls every parametrised module once, in one order, whatever the batch holds, and
+every output reaches `ModelOutput.placeholder`, times zero. So every rank runs the same collectives in the forward
+and in the backward pass, and every trainable parameter has a gradient, zero where its modality is absent.
+
+Shapes: T packed tokens, S segments, I images, A clips, P patches, D hidden, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trichord.batches.packed_batch import PackedBatch
+from trichord.core.errors import ConfigError
+from trichord.encoders.audio import AudioTower
+from trichord.encoders.config import EncodersConfig
+from trichord.encoders.padding import flatten_items, masked_mean
+from trichord.encoders.text import TextTower
+from trichord.encoders.vision import VisionTower
+from trichord.fusion.config import FusionConfig
+from trichord.fusion.connector import Connector
+from trichord.fusion.late import EmbeddingHead, LogitScale
+from trichord.fusion.splice import rows_in_stream, select_rows, splice
+from trichord.fusion.trunk import build_trunk, padded_vocab_size, run_packed
+from trichord.layers.config import LayersConfig
+from trichord.objectives.config import ObjectivesConfig
+from trichord.samples.config import SamplesConfig
+
+ROOMS = ("vision", "audio", "text", "connector", "trunk", "heads")
+_ROOM_OF = {"connectors": "connector", "logit_scale": "heads"}
+
+
+def param_room(name: str) -> str:
+    """The room of a parameter by its name in `Trichord`: one of `ROOMS`."""
+    first = name.split(".", 1)[0]
+    room = _ROOM_OF.get(first, first)
+    if room not in ROOMS:
+        raise ValueError(f"parameter {name!r} belongs to no room of {ROOMS}")
+    return room
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What the objectives need.
+
+    next_token_loss_sum: () fp32, cross-entropy summed over the labelled positions; None without trunk or objective.
+    image_embeds (I, E), audio_embeds (A, E), text_embeds (S, E): fp32 of length 1, segments without text all 0; None
+        without a contrastive objective or tower.
+    logit_scale, logit_bias: (1,) fp32; None without a contrastive objective.
+    placeholder: () fp32, always 0. It MUST be added to the loss: it is how modules without items get zero gradients.
+    """
+
+    next_token_loss_sum: Tensor | None
+    image_embeds: Tensor | None
+    audio_embeds: Tensor | None
+    text_embeds: Tensor | None
+    logit_scale: Tensor | None
+    logit_bias: Tensor | None
+    placeholder: Tensor
+
+
+@dataclass
+class _Features:
+    """A tower's output over its items; a placeholder item where there are none. lengths: tokens per item."""
+
+    padded: Tensor
+    lengths: list[int]
+    num_items: int
+
+    @property
+    def real_lengths(self) -> list[int]:
+        return self.lengths[: self.num_items]
+
+
+class _Anchors:
+    """Collects outputs times zero, so that every module stays in the graph of the loss."""
+
+    def __init__(self, device: torch.device):
+        self.total = torch.zeros((), device=device)
+
+    def add(self, output: Tensor) -> None:
+        self.total = self.total + 0.0 * output.float().sum()
+
+
+class Trichord(nn.Module):
+    """See the module's docstring. Build it with `build_model`."""
+
+    def __init__(
+        self,
+        vision: VisionTower | None,
+        audio: AudioTower | None,
+        text: TextTower | None,
+        trunk: nn.Module | None,
+        fusion: FusionConfig,
+        objectives: ObjectivesConfig,
+        special: Mapping[str, int],
+    ):
+        super().__init__()
+        self.vision, self.audio, self.text, self.trunk = vision, audio, text, trunk
+        self.bidirectional_images = fusion.bidirectional_images
+        self.special = dict(special)
+        widths = {name: tower.hidden_size for name, tower in (("image", vision), ("audio", audio)) if tower is not None}
+        self.connectors = nn.ModuleDict()
+        if trunk is not None:
+            width = trunk.config.hidden_size
+            self.connectors.update({k: Connector(fusion.connector, v, width) for k, v in widths.items()})
+        self.heads = nn.ModuleDict()
+        self.logit_scale: LogitScale | None = None
+        if objectives.contrastive is not None:
+            if text is not None:
+                widths["text"] = text.hidden_size
+            dim = objectives.contrastive.embed_dim
+            self.heads.update({name: EmbeddingHead(size, dim) for name, size in widths.items()})
+            self.logit_scale = LogitScale(objectives.contrastive)
+
+    def forward(self, batch: PackedBatch, towers_only: bool = False) -> ModelOutput:
+        """One micro-batch. `towers_only`: towers, heads and scale, not connectors and trunk."""
+        anchors = _Anchors(batch.input_ids.device)
+        image = self._run_vision(batch, anchors)
+        audio = self._run_audio(batch, anchors)
+        embeds = {"image": self._embed(image, "image", anchors), "audio": self._embed(audio, "audio", anchors)}
+        embeds["text"] = self._embed_text(batch, anchors)
+        scale = bias = None
+        if self.logit_scale is not None:
+            scale, bias = self.logit_scale()
+            anchors.add(scale)
+            anchors.add(bias)
+        loss_sum = None
+        if self.trunk is not None and not towers_only:
+            loss_sum = self._next_token_loss(batch, self._stream(batch, image, audio, anchors))
+        return ModelOutput(loss_sum, embeds["image"], embeds["audio"], embeds["text"], scale, bias, anchors.total)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Next-token logits (T, V) of the whole stream, for evaluation and tests."""
+        anchors = _Anchors(batch.input_ids.device)
+        hidden = self._stream(batch, self._run_vision(batch, anchors), self._run_audio(batch, anchors), anchors)
+        return self.trunk.lm_head(hidden)
+
+    def _run_vision(self, batch: PackedBatch, anchors: _Anchors) -> _Features | None:
+        if self.vision is None:
+            return None
+        pixels = batch.pixels if batch.num_images else self.vision.placeholder(batch.input_ids.device)
+        tokens = self.vision(pixels)
+        anchors.add(tokens)
+        return _Features(tokens, [self.vision.tokens_per_image] * pixels.shape[0], batch.num_images)
+
+    def _run_audio(self, batch: PackedBatch, anchors: _Anchors) -> _Features | None:
+        if self.audio is None:
+            return None
+        if batch.num_audios:
+            waveforms, offsets = batch.waveforms, list(batch.audio_offsets)
+        else:
+            waveforms, offsets = self.audio.placeholder(batch.input_ids.device)
+        tokens = self.audio(waveforms, offsets)
+        anchors.add(tokens)
+        return _Features(tokens, self.audio.count_tokens(offsets), batch.num_audios)
+
+    def _embed(self, features: _Features | None, modality: str, anchors: _Anchors) -> Tensor | None:
+        """Mean token -> head -> (items, E); no rows where there was only a placeholder."""
+        if features is None or modality not in self.heads:
+            return None
+        embeds = self.heads[modality](masked_mean(features.padded, features.lengths))
+        anchors.add(embeds)
+        return embeds[: features.num_items]
+
+    def _embed_text(self, batch: PackedBatch, anchors: _Anchors) -> Tensor | None:
+        if self.text is None:
+            return None
+        starts, lengths = batch.text_spans[:, 0], list(batch.text_lengths)
+        if not lengths:  # empty rows: one placeholder text of the stream's first token
+            starts, lengths = batch.input_ids.new_zeros(1), [1]
+        pooled = self.text(batch.input_ids, starts, lengths)
+        anchors.add(pooled)
+        embeds = self.heads["text"](pooled)
+        anchors.add(embeds)
+        has_text = (batch.text_spans[:, 1] > batch.text_spans[:, 0])[:, None]
+        return torch.where(has_text, embeds[: batch.num_segments], 0.0)
+
+    def _stream(
+        self, batch: PackedBatch, image: _Features | None, audio: _Features | None, anchors: _Anchors
+    ) -> Tensor:
+        """Token embeddings with feature tokens spliced in, through the trunk -> (T, D)."""
+        embeds = self.trunk.model.embed_tokens(batch.input_ids)
+        items = (
+            ("image", image, batch.image_counts, batch.image_index),
+            ("audio", audio, batch.audio_counts, batch.audio_index),
+        )
+        for modality, features, counts, index in items:
+            if features is None:
+                continue
+            connected = self.connectors[modality](flatten_items(features.padded, features.lengths))
+            anchors.add(connected)
+            rows = rows_in_stream(counts, features.real_lengths, modality)
+            embeds = splice(embeds, select_rows(connected, rows), index)
+        return run_packed(self.trunk, embeds, batch, self.bidirectional_images)
+
+    def _next_token_loss(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+        if batch.num_labels:
+            return self.trunk.lm_head(hidden[batch.label_index], batch.labels[batch.label_index])
+        # No label on this rank: one row times zero, so that the head and the trunk still run backwards.
+        return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1]))
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute activations layer by layer in the backward pass, everywhere, non-reentrant."""
+        for tower in (self.vision, self.audio, self.text):
+            if tower is not None:
+                tower.enable_activation_checkpointing()
+        if self.trunk is not None:
+            self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def build_model(
+    encoders: EncodersConfig,
+    fusion: FusionConfig,
+    objectives: ObjectivesConfig,
+    samples: SamplesConfig,
+    layers: LayersConfig,
+    vocab_size: int,
+    special: Mapping[str, int],
+) -> Trichord:
+    """The model a run config describes, in fp32; under `torch.device("meta")` shapes only, no weights read.
+
+    vocab_size: the tokenizer's; special: its ids as image_id, audio_id, pad_id, bos_id, eos_id.
+
+    Raises:
+        ConfigError: unknown model names, options or weights that do not fit.
+    """
+    if encoders.text is not None and objectives.contrastive is None:
+        raise ConfigError(
+            "encoders.text is only used by objectives.contrastive; set that, or set encoders.text to null"
+        )
+    model = Trichord(
+        VisionTower(encoders.vision, samples.image) if encoders.vision else None,
+        AudioTower(encoders.audio, samples.audio) if encoders.audio else None,
+        TextTower(encoders.text, padded_vocab_size(vocab_size)) if encoders.text else None,
+        build_trunk(fusion.trunk, vocab_size, special) if fusion.trunk else None,
+        fusion,
+        objectives,
+        special,
+    )
+    frozen = {"vision": encoders.vision, "audio": encoders.audio, "text": encoders.text, "trunk": fusion.trunk}
+    for room, leaf in frozen.items():
+        if leaf is not None and leaf.freeze:
+            getattr(model, room).requires_grad_(False)
+    return model

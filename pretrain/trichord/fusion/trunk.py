@@ -1,0 +1,145 @@
+"""The trunk: a transformers causal language model with our attention, norms, rotary positions and loss head.
+
+Shapes: T packed tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trichord.batches.packed_batch import PackedBatch
+from trichord.core.errors import ConfigError
+from trichord.fusion.config import TrunkConfig
+from trichord.layers.attention import NAME, PackedLayout, register_attention
+from trichord.layers.loss import replace_lm_head
+from trichord.layers.norm import replace_rms_norms
+from trichord.layers.rope import replace_rotary
+
+FAMILIES = ("llama", "qwen3")
+_VOCAB_MULTIPLE = 8  # rows beyond the tokenizer's are never targets; they keep the vocabulary matmul aligned
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the trunk's embedding: the tokenizer's size rounded up to a multiple of 8."""
+    return -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+def trunk_config(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]) -> Any:
+    """The transformers config of the trunk: from our leaf, or the released checkpoint's own.
+
+    special: token ids by name; of these pad_id, bos_id and eos_id matter here.
+
+    Raises:
+        ConfigError: the checkpoint is of another family, or its vocabulary is smaller and it cannot be told which.
+    """
+    from transformers import LlamaConfig, Qwen3Config
+
+    if config.weights is not None:
+        released = _released_config(config)
+        released.vocab_size = max(released.vocab_size, padded_vocab_size(vocab_size))
+        return released
+    family = {"llama": LlamaConfig, "qwen3": Qwen3Config}[config.family]
+    return family(
+        vocab_size=padded_vocab_size(vocab_size),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.resolved_head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        attention_dropout=0.0,
+        pad_token_id=special.get("pad_id"),
+        bos_token_id=special.get("bos_id"),
+        eos_token_id=special.get("eos_id"),
+    )
+
+
+def _hub_arguments(weights: str) -> tuple[str, dict[str, Any]]:
+    """`folder` or `hub-id@revision` -> what transformers' loaders take. Code from the hub is never run."""
+    if Path(weights).exists():
+        return weights, {"local_files_only": True}
+    name, _, revision = weights.partition("@")
+    return name, {"revision": revision or "main"}
+
+
+def _released_config(config: TrunkConfig) -> Any:
+    from transformers import AutoConfig
+
+    name, arguments = _hub_arguments(str(config.weights))
+    try:
+        released = AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"fusion.trunk.weights {config.weights!r}: no transformers checkpoint there: {error}"
+        ) from error
+    if released.model_type not in FAMILIES:
+        raise ConfigError(
+            f"fusion.trunk.weights {config.weights!r} is a {released.model_type!r} model; expected one of {FAMILIES}"
+        )
+    if "sliding_attention" in (getattr(released, "layer_types", None) or ()):
+        raise ConfigError(
+            f"fusion.trunk.weights {config.weights!r} uses sliding-window attention, which is not supported"
+        )
+    return released
+
+
+def build_trunk(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]) -> nn.Module:
+    """A LlamaForCausalLM or Qwen3ForCausalLM with our parts in place. On the meta device weights are not read."""
+    from transformers import AutoModelForCausalLM
+
+    if config.weights is not None and torch.get_default_device().type != "meta":
+        trunk = _load_released(config, vocab_size)
+    else:
+        trunk = AutoModelForCausalLM.from_config(trunk_config(config, vocab_size, special))
+    return replace_parts(trunk, config.rope_sections)
+
+
+def _load_released(config: TrunkConfig, vocab_size: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    rows = _released_config(config).vocab_size
+    name, arguments = _hub_arguments(str(config.weights))
+    trunk = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **arguments
+    )
+    if rows < padded_vocab_size(vocab_size):
+        trunk.resize_token_embeddings(padded_vocab_size(vocab_size))
+    return trunk
+
+
+def replace_parts(trunk: nn.Module, sections: tuple[int, int, int] | None) -> nn.Module:
+    """Our attention, norms, rotary module and loss head in a transformers causal LM; Parameters stay the same objects.
+
+    Raises:
+        ConfigError: the rotary type or the sections do not fit.
+    """
+    register_attention()
+    trunk.set_attn_implementation(NAME)
+    replace_rms_norms(trunk)
+    replace_rotary(trunk.model, sections)
+    replace_lm_head(trunk)
+    return trunk
+
+
+def run_packed(trunk: nn.Module, embeds: Tensor, batch: PackedBatch, bidirectional_images: bool) -> Tensor:
+    """embeds (T, D) of a packed stream -> last hidden states (T, D).
+
+    The layout travels to the attention function as a keyword argument. The 4-D stand-in for a mask tells transformers
+    that masks are settled: it would otherwise look for packing in the positions, which waits for the device.
+    """
+    layout = PackedLayout.build(batch.cu_seqlens, batch.segment_ids, batch.span_ends if bidirectional_images else None)
+    out = trunk.model(
+        inputs_embeds=embeds[None],
+        position_ids=batch.position_ids[:, None],
+        attention_mask=torch.empty((1, 1, 1, 1), dtype=torch.bool, device=embeds.device),
+        use_cache=False,
+        packed_layout=layout,
+    )
+    return out.last_hidden_state[0]
