@@ -9,65 +9,70 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from trichord.core.log import get_logger
 
 _logger = get_logger(__name__)
 
 
-class TrainProgress:
-    """Shows the steps of a run: `with TrainProgress(total_steps, first_step=40) as progress: progress.update(...)`.
+class Progress:
+    """Shows the steps of a run from construction to `close`.
 
-    total_steps: optimizer steps of the whole run; first_step: steps done before this start.
-    visible: False (ranks other than 0) shows nothing.
+    total_steps: optimizer steps of the whole run; first_step: steps done before this start; label: the run's name.
+    visible: False shows nothing.
     console: where the bar goes; default stderr. It is a bar if that is a terminal; else `update` logs a line.
     """
 
     def __init__(
-        self, total_steps: int, *, first_step: int = 0, visible: bool = True, console: Console | None = None
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        label: str = "",
+        visible: bool = True,
+        console: Console | None = None,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        console = console or Console(stderr=True)
         self._total = total_steps
         self._first = first_step
-        self._start = time.monotonic()
-        self._bar = _train_bar(self._console) if visible and self._console.is_terminal else None
-        self._lines = visible and self._bar is None
-        self._task = self._bar.add_task("", total=total_steps, completed=first_step, facts="") if self._bar else None
+        self._started = time.monotonic()
+        self._lines = visible and not console.is_terminal
+        self._bar: rich_progress.Progress | None = None
         self._handlers: list[logging.StreamHandler] = []
-
-    def __enter__(self) -> TrainProgress:
-        self._start = time.monotonic()
-        if self._bar:
+        if visible and console.is_terminal:
+            self._bar = _train_bar(console)
+            self._task = self._bar.add_task(label, total=total_steps, completed=first_step, facts="")
             self._bar.start()
             self._handlers = _log_above_the_bar()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar:
-            self._bar.stop()
-            for handler in self._handlers:
-                handler.setStream(sys.stderr)
 
     def advance(self, step: int) -> None:
-        """`step` optimizer steps are done; moves the bar, prints nothing. Cheap enough for every step."""
-        if self._bar and self._task is not None:
+        """`step` optimizer steps are done: moves the bar, prints nothing. Cheap enough for every step."""
+        if self._bar:
             self._bar.update(self._task, completed=step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the figures of a log step: loss, tokens per second, time left."""
         facts = describe(metrics)
-        if self._bar and self._task is not None:
+        if self._bar:
             self._bar.update(self._task, completed=step, facts=facts)
         elif self._lines:
             _logger.info("step %d/%d  %s  eta %s", step, self._total, facts, self._eta(step))
+
+    def close(self) -> None:
+        """Leave the terminal as it was. Calling it twice is harmless."""
+        if self._bar:
+            self._bar.stop()
+            for handler in self._handlers:
+                handler.setStream(sys.stderr)
+            self._bar = None
 
     def _eta(self, step: int) -> str:
         done = step - self._first
         if done <= 0:
             return "?"
-        return duration((time.monotonic() - self._start) / done * max(0, self._total - step))
+        return duration((time.monotonic() - self._started) / done * max(0, self._total - step))
 
 
 def describe(metrics: Mapping[str, float]) -> str:
@@ -132,14 +137,25 @@ def work_progress(description: str, total: int, *, console: Console | None = Non
     yield advance
 
 
-def _train_bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn(compact=True))
-    return Progress(*columns, console=console)
+def _train_bar(console: Console) -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[facts]}"),
+        rich_progress.TimeRemainingColumn(compact=True),
+        console=console,
+    )
 
 
-def _work_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True))
-    return Progress(*columns, console=console)
+def _work_bar(console: Console) -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.TimeRemainingColumn(compact=True),
+        console=console,
+    )
 
 
 def _log_above_the_bar() -> list[logging.StreamHandler]:

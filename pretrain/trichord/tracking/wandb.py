@@ -18,8 +18,9 @@ import netrc
 import os
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -40,21 +41,12 @@ _FINISH_TIMEOUT_S = 60.0  # a stop has a deadline; what is not uploaded by then 
 _logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What W&B is told about a run: its name, the resolved config as plain data, and which start of it this is."""
-
-    name: str
-    config: Mapping[str, Any]
-    attempt: int = 0
-
-
 class WandbMirror:
     """Copies metrics to W&B. A failure warns once and switches the mirror off; it never raises.
 
     config: mode, project, entity, group, tags.
-    facts: name, resolved config, attempt.
     folder: the run folder; W&B's files go to `wandb/` in it.
+    run_name, run_config, attempt: the run's name, its resolved config as plain data, which start of it this is.
     run_id: the id stored in the checkpoint that the run goes on from; None for a new run (a restart before the first
         checkpoint finds the id in the folder). A branch is a new run: pass None.
     resume_step: the step of that checkpoint.
@@ -65,24 +57,31 @@ class WandbMirror:
     def __init__(
         self,
         config: WandbConfig,
-        facts: RunFacts,
         folder: Path,
         *,
+        run_name: str,
+        run_config: Mapping[str, Any],
         run_id: str | None = None,
         resume_step: int | None = None,
+        attempt: int = 0,
     ) -> None:
         self.mode: Mode = resolve_mode(config.mode)
         self.run_id = run_id
         self._run: Any = None
-        self._facts = facts
+        self._attempt = attempt
         self._axis: Axis = "step"
         if self.mode == "off":
             return
         stored = _read_identity(Path(folder))
         resuming = run_id or stored.get("id")
         self.run_id = resuming or _new_id()
+        rewind_step = resume_step if stored.get("axis", "step") == "step" else None
+        init = partial(_init, self.mode, config, Path(folder), run_name, run_config)
         try:
-            self._run, self._axis = _start(self.mode, config, facts, folder, self.run_id, stored, resuming, resume_step)
+            if resuming and self.mode == "online":
+                self._run, self._axis = _rewind_or_continue(init, self.run_id, rewind_step)
+            else:
+                self._run = init(id=self.run_id)
             _write_identity(Path(folder), self.run_id, self._axis)
         except Exception as error:  # a network, a server or a package at fault: none is worth a training run
             self._give_up("could not start", error)
@@ -95,7 +94,7 @@ class WandbMirror:
             if self._axis == "step":
                 self._run.log({**metrics, "step": step}, step=step)
             else:
-                self._run.log({**metrics, "step": step, "attempt": self._facts.attempt})
+                self._run.log({**metrics, "step": step, "attempt": self._attempt})
         except Exception as error:
             self._give_up("could not log", error)
 
@@ -180,11 +179,10 @@ def sync_run(
         raise ConfigError(f"{folder} has no metrics.jsonl with metrics; expected the folder of a run that has trained")
     resolved = _resolved_config(folder)
     config = WandbConfig(**resolved.get("tracking", {}).get("wandb", {}))
-    wanted = resolve_mode(mode)
-    wanted = "offline" if wanted == "off" else wanted
-    run_id = run_id or _read_identity(folder).get("id") or _new_id()
+    wanted = "online" if resolve_mode(mode) == "online" else "offline"
+    wandb_id: str = run_id or _read_identity(folder).get("id") or _new_id()
     try:
-        run = _init(wanted, config, RunFacts(folder.name, resolved), folder, id=run_id, resume="allow")
+        run = _init(wanted, config, folder, folder.name, resolved, id=wandb_id, resume="allow")
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "time"}
             run.log({**metrics, "_timestamp": row.get("time", 0.0)}, step=row["step"])
@@ -192,35 +190,26 @@ def sync_run(
         run.finish()
     except Exception as error:
         raise TrichordError(f"wandb could not take the run ({type(error).__name__}: {error})") from error
-    _write_identity(folder, run_id, "step")
-    return SyncResult(run_id, wanted, len(rows), location or "")
+    _write_identity(folder, wandb_id, "step")
+    return SyncResult(wandb_id, wanted, len(rows), location or "")
 
 
-def _start(
-    mode: Mode,
-    config: WandbConfig,
-    facts: RunFacts,
-    folder: Path,
-    run_id: str,
-    stored: Mapping[str, Any],
-    resuming: str | None,
-    resume_step: int | None,
-) -> tuple[Any, Axis]:
-    """The W&B run, and whether its steps are ours: rewound where possible, continued where not."""
-    if mode == "offline" or not resuming:
-        return _init(mode, config, facts, folder, id=run_id), "step"
-    if resume_step is not None and stored.get("axis", "step") == "step":
+def _rewind_or_continue(init: Callable[..., Any], run_id: str, step: int | None) -> tuple[Any, Axis]:
+    """The online run, rewound to `step` where the server does that (then W&B's steps stay ours), else continued."""
+    if step is not None:
         try:
-            return _init(mode, config, facts, folder, resume_from=f"{run_id}?_step={resume_step}"), "step"
+            return init(resume_from=f"{run_id}?_step={step}"), "step"
         except Exception as error:  # W&B names no single error for "this server does not rewind"
-            _logger.warning("wandb did not rewind run %s to step %s (%s); continuing it", run_id, resume_step, error)
-    return _init(mode, config, facts, folder, id=run_id, resume="allow"), "own"
+            _logger.warning("wandb did not rewind run %s to step %d (%s); continuing it", run_id, step, error)
+    return init(id=run_id, resume="allow"), "own"
 
 
-def _init(mode: Mode, config: WandbConfig, facts: RunFacts, folder: Path, **identity: Any) -> Any:
+def _init(
+    mode: Mode, config: WandbConfig, folder: Path, run_name: str, run_config: Mapping[str, Any], **identity: Any
+) -> Any:
     import wandb  # heavy, and not part of the base install
 
-    Path(folder).mkdir(parents=True, exist_ok=True)  # else W&B silently writes to a temporary folder
+    folder.mkdir(parents=True, exist_ok=True)  # else W&B silently writes to a temporary folder
     wishes = {
         "init_timeout": _INIT_TIMEOUT_S,
         "finish_timeout": _FINISH_TIMEOUT_S,
@@ -231,14 +220,14 @@ def _init(mode: Mode, config: WandbConfig, facts: RunFacts, folder: Path, **iden
     }
     known = {name: value for name, value in wishes.items() if name in wandb.Settings.model_fields}
     run = wandb.init(
-        mode=mode,
+        mode="online" if mode == "online" else "offline",
         dir=str(folder),
-        name=facts.name,
+        name=run_name,
         project=config.project,
         entity=config.entity,
         group=config.group,
         tags=list(config.tags) or None,
-        config=dict(facts.config),
+        config=dict(run_config),
         settings=wandb.Settings(**known),
         **identity,
     )

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from trichord.core.log import configure_logging
-from trichord.tracking.progress import TrainProgress, describe, duration, quantity, work_progress
+from trichord.tracking.progress import Progress, describe, duration, quantity, work_progress
 
 
 def plain():
@@ -16,9 +16,10 @@ def plain():
 
 def test_plain_lines_where_there_is_no_terminal(log_lines):
     console = plain()
-    with TrainProgress(400, first_step=100, console=console) as progress:
-        progress.advance(119)
-        progress.update(120, {"train/loss": 1.23456, "speed/tokens_per_s": 12_345.0})
+    progress = Progress(400, first_step=100, console=console)
+    progress.advance(119)
+    progress.update(120, {"train/loss": 1.23456, "speed/tokens_per_s": 12_345.0})
+    progress.close()
     assert len(log_lines()) == 1
     assert log_lines()[0].startswith("step 120/400  loss 1.235  12.3k tokens/s  eta ")
     assert console.file.getvalue() == ""
@@ -31,20 +32,23 @@ def test_a_bar_on_a_terminal_with_logs_above_it(log_lines, monkeypatch):
     monkeypatch.setattr("sys.stderr", screen)
     configure_logging()
     console = Console(file=screen, force_terminal=True, width=100)
-    with TrainProgress(400, console=console) as progress:
-        progress.update(200, {"train/loss": 2.0, "speed/tokens_per_s": 5e6})
-        logging.getLogger("trichord.test").warning("from the log")
+    progress = Progress(400, label="digits", console=console)
+    progress.update(200, {"train/loss": 2.0, "speed/tokens_per_s": 5e6})
+    logging.getLogger("trichord.test").warning("from the log")
+    progress.close()
+    progress.close()
     logging.getLogger("trichord.test").warning("afterwards")
     text = screen.getvalue()
-    for part in ("200/400", "loss 2", "5M tokens/s", "from the log", "afterwards"):
+    for part in ("digits", "200/400", "loss 2", "5M tokens/s", "from the log", "afterwards"):
         assert part in text
     assert "step 200/400" not in text, "no plain line beside the bar"
 
 
 def test_other_ranks_show_nothing(log_lines):
     console = Console(file=io.StringIO(), force_terminal=True)
-    with TrainProgress(400, visible=False, console=console) as progress:
-        progress.update(10, {"train/loss": 2.0})
+    progress = Progress(400, visible=False, console=console)
+    progress.update(10, {"train/loss": 2.0})
+    progress.close()
     assert not log_lines()
     assert console.file.getvalue() == ""
 
@@ -52,9 +56,9 @@ def test_other_ranks_show_nothing(log_lines):
 def test_time_left_counts_only_the_steps_of_this_start(log_lines, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("trichord.tracking.progress.time.monotonic", lambda: clock[0])
-    with TrainProgress(400, first_step=300, console=plain()) as progress:
-        clock[0] = 50.0
-        progress.update(350, {})
+    progress = Progress(400, first_step=300, console=plain())
+    clock[0] = 50.0
+    progress.update(350, {})
     assert log_lines()[0].endswith("eta 50s")
 
 

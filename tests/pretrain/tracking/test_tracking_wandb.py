@@ -10,9 +10,9 @@ import pytest
 from trichord.core.errors import ConfigError
 from trichord.tracking.config import WandbConfig
 from trichord.tracking.metrics import MetricsWriter
-from trichord.tracking.wandb import RunFacts, WandbMirror, resolve_mode, sync_run
+from trichord.tracking.wandb import WandbMirror, resolve_mode, sync_run
 
-FACTS = RunFacts("digits", {"engine": {"lr": 3e-4}}, attempt=2)
+FACTS = {"run_name": "digits", "run_config": {"engine": {"lr": 3e-4}}, "attempt": 2}
 
 
 class StandIn(types.ModuleType):
@@ -86,7 +86,7 @@ def test_a_netrc_entry_is_a_key(tmp_path):
 
 def test_a_new_run_logs_at_our_step(online, tmp_path):
     wandb = online()
-    mirror = WandbMirror(WandbConfig(group="g"), FACTS, tmp_path)
+    mirror = WandbMirror(WandbConfig(group="g"), tmp_path, **FACTS)
     mirror.log(7, {"train/loss": 2.0})
     mirror.finish(75)
     (init,) = wandb.inits
@@ -98,7 +98,7 @@ def test_a_new_run_logs_at_our_step(online, tmp_path):
 
 def test_resume_rewinds_to_the_checkpoint(online, tmp_path):
     wandb = online()
-    mirror = WandbMirror(WandbConfig(), FACTS, tmp_path, run_id="abc123de", resume_step=40)
+    mirror = WandbMirror(WandbConfig(), tmp_path, **FACTS, run_id="abc123de", resume_step=40)
     mirror.log(41, {"train/loss": 2.0})
     assert [init.get("resume_from") for init in wandb.inits] == ["abc123de?_step=40"]
     assert wandb.logged == [({"train/loss": 2.0, "step": 41}, 41)]
@@ -106,27 +106,27 @@ def test_resume_rewinds_to_the_checkpoint(online, tmp_path):
 
 def test_where_rewinding_is_refused_the_run_is_continued_with_the_attempt(online, tmp_path):
     wandb = online("rewind")
-    mirror = WandbMirror(WandbConfig(), FACTS, tmp_path, run_id="abc123de", resume_step=40)
+    mirror = WandbMirror(WandbConfig(), tmp_path, **FACTS, run_id="abc123de", resume_step=40)
     mirror.log(41, {"train/loss": 2.0})
     assert [(init.get("id"), init.get("resume")) for init in wandb.inits] == [(None, None), ("abc123de", "allow")]
     assert wandb.logged == [({"train/loss": 2.0, "step": 41, "attempt": 2}, None)], "W&B's own step has moved on"
     wandb = online()
-    WandbMirror(WandbConfig(), FACTS, tmp_path, run_id="abc123de", resume_step=60)
+    WandbMirror(WandbConfig(), tmp_path, **FACTS, run_id="abc123de", resume_step=60)
     assert [init.get("resume") for init in wandb.inits] == ["allow"], "once continued, W&B's steps are no longer ours"
 
 
 def test_a_restart_before_the_first_checkpoint_keeps_the_id(online, tmp_path):
     online()
-    first = WandbMirror(WandbConfig(), FACTS, tmp_path)
-    second = WandbMirror(WandbConfig(), FACTS, tmp_path)
+    first = WandbMirror(WandbConfig(), tmp_path, **FACTS)
+    second = WandbMirror(WandbConfig(), tmp_path, **FACTS)
     assert second.run_id == first.run_id
-    assert WandbMirror(WandbConfig(), FACTS, tmp_path / "other").run_id != first.run_id
+    assert WandbMirror(WandbConfig(), tmp_path / "other", **FACTS).run_id != first.run_id
 
 
 @pytest.mark.parametrize("fail", ["init", "log"])
 def test_a_failure_warns_once_and_never_raises(online, tmp_path, log_lines, fail):
     online(fail)
-    mirror = WandbMirror(WandbConfig(), FACTS, tmp_path)
+    mirror = WandbMirror(WandbConfig(), tmp_path, **FACTS)
     for step in range(1, 4):
         mirror.log(step, {"train/loss": 1.0})
     mirror.finish()
@@ -137,14 +137,14 @@ def test_a_failure_warns_once_and_never_raises(online, tmp_path, log_lines, fail
 
 def test_a_missing_package_is_only_a_warning(no_key, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    mirror = WandbMirror(WandbConfig(mode="offline"), FACTS, tmp_path)
+    mirror = WandbMirror(WandbConfig(mode="offline"), tmp_path, **FACTS)
     mirror.log(1, {"train/loss": 1.0})
     mirror.finish()
 
 
 def test_off_touches_nothing(online, tmp_path):
     wandb = online()
-    mirror = WandbMirror(WandbConfig(mode="off"), FACTS, tmp_path, run_id="abc123de")
+    mirror = WandbMirror(WandbConfig(mode="off"), tmp_path, **FACTS, run_id="abc123de")
     mirror.log(1, {"train/loss": 1.0})
     mirror.finish()
     assert (wandb.inits, list(tmp_path.iterdir()), mirror.run_id) == ([], [], "abc123de")
