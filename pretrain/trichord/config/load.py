@@ -6,6 +6,8 @@ Order: defaults of the leaves < file < overrides (`engine.lr=3e-4`). Every mista
 """
 
 import difflib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +73,39 @@ def validate(parsed: ParsedYaml, model: type[Model], overrides: Sequence[str], w
     if problems:
         raise ConfigError(report(problems, where))
     return result
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """One line that says what a valid file is: a run config, or a suite (it has `tasks`). Raises ConfigError."""
+    file = find_config(path)
+    data = parse_yaml(_read_text(file), str(file)).data
+    if isinstance(data, dict) and "tasks" in data:
+        suite = load_suite(file, overrides)
+        return f"{file}: valid suite {suite.name!r} of {len(suite.tasks)} tasks"
+    return f"{file}: valid config of run {load_run_config(file, overrides).run.name!r}"
+
+
+def new_config(name: str, like: str | Path, folder: Path | None = None) -> Path:
+    """Copy config `like`, comments and all, to `folder/NAME.yaml` (default: here) as the config of run `name`.
+
+    Raises:
+        ConfigError: the file is there already, or `name` is no run name.
+    """
+    source = find_config(like)
+    text = _read_text(source)
+    line = parse_yaml(text, str(source)).lines.get(("run", "name"))
+    if line is None:
+        raise ConfigError(f"{source}: expected a run config with run.name to start from")
+    validate(parse_yaml(text, str(source)), RunConfig, [f"run.name={json.dumps(name)}"], str(source))
+    lines = text.splitlines(keepends=True)
+    lines[line - 1] = re.sub(r"(\bname:\s*)[^\s,}#]+", lambda m: m[1] + json.dumps(name), lines[line - 1], count=1)
+    target = (folder or Path()) / f"{name}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write("".join(lines))
+    except FileExistsError:
+        raise ConfigError(f"{target} exists; choose another name, or remove it") from None
+    return target
 
 
 def resolved_yaml(config: BaseModel) -> str:
