@@ -28,6 +28,8 @@ class EngineConfig(Leaf):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Limit of any collective, applied to every process group."""
+    heartbeat_timeout_s: float = Field(default=20.0, ge=3.0)
+    """A rank whose peer has given no sign of life for this long leaves without saving."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
     deepspeed: dict[str, Any] = {}

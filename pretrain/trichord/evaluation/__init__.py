@@ -1,1 +1,1 @@
-
+"""Model -> metrics, each beside what chance would give."""

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trichord.core.leaf import Leaf
 from trichord.objectives.config import Pair
@@ -17,8 +17,12 @@ class SuiteTask(Leaf):
     """Name of a source of the suite."""
     pair: Pair | None = None
     """retrieval: which towers, query first."""
+    gallery: str | None = None
+    """retrieval: source of the targets; null: the same source. Targets with the query's group count as right."""
     context: Literal["image", "audio"] | None = None
     """caption: what the model is given."""
+    augment: bool = False
+    """Augment the samples as in training, with other draws."""
     held_out: bool = False
     """True only if no sample of the source was trained on, in any augmentation."""
     note: str = ""
@@ -32,3 +36,16 @@ class SuiteConfig(Leaf):
     name: str
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _tasks_are_whole(self):
+        names = {source.name for source in self.sources}
+        for task in self.tasks:
+            for key, source in (("source", task.source), ("gallery", task.gallery)):
+                if source is not None and source not in names:
+                    raise ValueError(f"task {key} {source!r} is none of the suite's sources {sorted(names)}")
+            if task.kind == "retrieval" and task.pair is None:
+                raise ValueError(f"a retrieval task needs a pair (on source {task.source!r})")
+            if task.kind == "caption" and task.context is None:
+                raise ValueError(f"a caption task needs a context, image or audio (on source {task.source!r})")
+        return self

@@ -1,0 +1,153 @@
+"""Finding a checkpoint and filling an engine from it, whatever world size and ZeRO stage wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trichord.batches.loader import LoaderState
+from trichord.checkpoints.save import MANIFEST_FILE, checkpoint_name
+from trichord.checkpoints.slices import SliceReader, read_json
+from trichord.checkpoints.state import (
+    WEIGHT,
+    create_optimizer_state,
+    named_parameters,
+    parameter_shape,
+    refresh_parameters,
+    slices_to_fill,
+)
+from trichord.core.errors import CheckpointError
+from trichord.core.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What a checkpoint says besides tensors: `step` steps were done; train_state as given to the saver."""
+
+    folder: Path
+    step: int
+    train_state: dict[str, Any]
+    loader: LoaderState
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `runs/NAME/checkpoints`, or None.
+
+    `latest` is only a hint for humans: what counts is the manifest, and that its files are there in full size.
+    """
+    steps = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    for path in sorted(steps, reverse=True):
+        problem = incomplete_reason(path)
+        if problem is None:
+            return path
+        log.warning("skipping checkpoint %s: %s", path, problem)
+    return None
+
+
+def find_step(folder: Path, step: int) -> Path:
+    """The checkpoint of one step.
+
+    Raises:
+        CheckpointError: it is not there, or not complete; lists the steps that are.
+    """
+    path = Path(folder) / checkpoint_name(step)
+    problem = incomplete_reason(path)
+    if problem is None:
+        return path
+    there = sorted(p.name for p in Path(folder).glob("step-*") if incomplete_reason(p) is None)
+    raise CheckpointError(f"{path}: {problem}; complete checkpoints there: {', '.join(there) or 'none'}")
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint folder from what a user names: the folder itself, a run folder, or its `checkpoints` folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST_FILE).exists():
+        problem = incomplete_reason(path)
+        if problem is not None:
+            raise CheckpointError(f"{path}: {problem}")
+        return path
+    for folder in (path, path / "checkpoints"):
+        latest = find_latest(folder) if folder.is_dir() else None
+        if latest is not None:
+            return latest
+    raise CheckpointError(f"{path} is no checkpoint and no run folder with one: expected {path}/checkpoints/step-*/")
+
+
+def incomplete_reason(path: Path) -> str | None:
+    """Why a folder is no complete checkpoint; None if it is one. Checks names and sizes, not hashes."""
+    if not (path / MANIFEST_FILE).exists():
+        return "no manifest.json" if path.exists() else "does not exist"
+    try:
+        files = read_json(path / MANIFEST_FILE)["files"]
+        for name, facts in files.items():
+            size = (path / name).stat().st_size
+            if size != facts["size"]:
+                return f"{name} has {size} bytes, the manifest says {facts['size']}"
+    except (CheckpointError, OSError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def read_facts(folder: Path) -> LoadedState:
+    """Everything of a checkpoint but its tensors."""
+    state = read_json(folder / "train_state.json")
+    return LoadedState(folder, int(state["step"]), state, LoaderState.from_json(read_json(folder / "loader.json")))
+
+
+def load_into(engine: Any, folder: Path) -> LoadedState:
+    """Fill masters and optimizer states of `engine`, then refresh the parameters. All ranks call it together.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model, or is damaged.
+    """
+    reader = SliceReader(folder)
+    facts = read_facts(folder)
+    shapes = {name: parameter_shape(p) for name, p in named_parameters(engine)}
+    check_shapes(folder, reader.shapes, shapes)
+    kinds = [kind for kind in reader.kinds() if kind != WEIGHT]
+    if kinds and facts.train_state["optimizer_step"] > 0:
+        create_optimizer_state(engine, kinds, facts.train_state["optimizer_step"])
+    for piece in slices_to_fill(engine):
+        for kind, live in piece.tensors.items():
+            live.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
+    refresh_parameters(engine)
+    return facts
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All parameters whole, fp32, on the CPU: for evaluation, export and new runs."""
+    reader = SliceReader(folder)
+    return {name: reader.read_full(name) for name in reader.shapes}
+
+
+def check_shapes(
+    folder: Path, stored: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise unless both have the same parameters.
+
+    Raises:
+        CheckpointError: naming up to three of each kind of difference.
+    """
+    missing = sorted(set(model) - set(stored))
+    extra = sorted(set(stored) - set(model))
+    other = [f"{n} {stored[n]} there, {model[n]} here" for n in sorted(set(model) & set(stored)) if stored[n] != model[n]]
+    if not (missing or extra or other):
+        return
+    parts = []
+    for what, names in (("not in the checkpoint", missing), ("not in the model", extra), ("of another shape", other)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{len(names)} {what} ({'; '.join(names[:3])}{more})")
+    raise CheckpointError(
+        f"{folder} belongs to another model: parameters {', '.join(parts)}. "
+        "Resume with the config it was made with, or start a new run with run.init_from"
+    )

@@ -1,0 +1,115 @@
+"""From a torch model to a DeepSpeed engine: process group, optimizer, ZeRO, time limits on every group."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trichord.batches.packed_batch import PackedBatch
+from trichord.core.dist import RankFacts, rank_facts
+from trichord.engine.config import EngineConfig
+from trichord.engine.deepspeed_config import deepspeed_config
+from trichord.engine.param_groups import build_param_groups
+
+
+def pick_device(facts: RankFacts) -> torch.device:
+    """The rank's device: its GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", facts.local_rank)
+    return torch.device("cpu")
+
+
+def start_process_group(timeout_s: float) -> tuple[RankFacts, torch.device]:
+    """Join the job (NCCL on GPUs, gloo on CPUs). A process started alone becomes a job of one rank.
+
+    Returns:
+        The rank facts and the device of this rank.
+    """
+    facts = rank_facts()
+    device = pick_device(facts)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for an accelerator when it is first imported
+    else:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            os.environ.setdefault(name, value)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_rendezvous())
+    _import_deepspeed().init_distributed(dist.get_backend(), verbose=False)
+    return facts, device
+
+
+def _rendezvous() -> dict[str, Any]:
+    """torchrun's environment where there is one; alone, a store inside this process, so that no port is needed."""
+    if "MASTER_PORT" in os.environ:
+        return {}
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def _import_deepspeed() -> Any:
+    import logging
+    import warnings
+
+    # It calls collectives by names that newer torch versions call deprecated, once per call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    import deepspeed
+
+    # A shared-memory all-reduce for inference; building it takes minutes on a CPU and training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+class EngineModule(nn.Module):
+    """The face of the model towards DeepSpeed: outputs as a plain dict, in which its backward hooks find the tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, towers_only: bool = False) -> dict[str, Tensor]:
+        output = self.model(batch, towers_only=towers_only)
+        return {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
+
+
+def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, grad_accum_steps: int) -> Any:
+    """Wrap `model` into a DeepSpeed engine with torch's AdamW; all ranks must hold equal weights.
+
+    Returns:
+        deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`.
+    """
+    deepspeed = _import_deepspeed()
+    device = pick_device(rank_facts())
+    groups = build_param_groups(model, engine)
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=engine.lr,
+        betas=engine.betas,
+        eps=engine.eps,
+        fused=True if device.type == "cuda" and engine.offload == "none" else None,
+    )
+    config = deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps)
+    wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
+    built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
+    apply_timeout(engine.timeout_s)
+    return built
+
+
+def apply_timeout(timeout_s: float) -> None:
+    """Give every process group the run's limit: groups that DeepSpeed makes start with torch's 30 minutes."""
+    # torch 2.14 has a public function; before that there is only the private one.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Set the learning rate of all groups for the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

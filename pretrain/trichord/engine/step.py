@@ -1,0 +1,151 @@
+"""One optimizer step over all micro-batches of a rank: counts first, then gradients, then the update.
+
+Every loss is a local sum divided by the global count of the step, so the update does not depend on how the global
+batch is split over ranks and micro-steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trichord.batches.packed_batch import PackedBatch
+from trichord.engine.features import FeatureGradients, SlotLayout, features_of_step, gradients_of_step
+from trichord.objectives.combine import micro_loss
+from trichord.objectives.config import ObjectivesConfig
+
+# What the one count all-reduce of a step carries.
+COUNT_NAMES = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "stop")
+
+
+@dataclass
+class StepResult:
+    """What one step did, equal on all ranks unless said otherwise.
+
+    counts: name -> global number; losses: name -> () tensors on the device, this rank's share of each loss (their sum
+    over ranks is the loss); grad_norm: before clipping; skipped: the update was not applied (non-finite);
+    seconds: phase -> wall seconds on this rank.
+    """
+
+    counts: dict[str, float]
+    losses: dict[str, Tensor]
+    grad_norm: float
+    skipped: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stepper:
+    """Runs optimizer steps of one engine. Holds what does not change from step to step."""
+
+    def __init__(
+        self,
+        engine: Any,
+        objectives: ObjectivesConfig,
+        *,
+        device: torch.device,
+        layout: SlotLayout,
+        max_grad_norm: float,
+    ):
+        self.engine = engine
+        self.objectives = objectives
+        self.device = device
+        self.layout = layout
+        self.max_grad_norm = max_grad_norm
+        self.world_size = dist.get_world_size()
+        self.zero_stage = engine.zero_optimization_stage()
+
+    def run(self, micro_batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> StepResult:
+        """One step. `local_counts` has this rank's `samples`, `bad_samples` and `stop`; the rest is counted here.
+
+        The stop flag travels with the counts: when the returned count `stop` is above 0, every rank knows it at the
+        same step.
+        """
+        started = time.perf_counter()
+        batches = [batch.to(self.device) for batch in micro_batches]
+        counts = self._global_counts(batches, local_counts)
+        gradients, first_output = self._feature_gradients(batches)
+        after_features = time.perf_counter()
+        losses = self._accumulate(batches, counts[0], gradients, first_output)
+        after_backward = time.perf_counter()
+        grad_norm, skipped = self._update()
+        values = dict(zip(COUNT_NAMES, counts.tolist()))
+        seconds = {
+            "features": after_features - started,
+            "forward_backward": after_backward - after_features,
+            "update": time.perf_counter() - after_backward,
+        }
+        return StepResult(values, losses, grad_norm, skipped, seconds)
+
+    def _global_counts(self, batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> Tensor:
+        """(len(COUNT_NAMES),) fp32 on the device, summed over ranks. Exact up to 2^24 of each per step."""
+        own = {
+            "labels": sum(batch.num_labels for batch in batches),
+            "useful_tokens": sum(batch.useful_tokens for batch in batches),
+            "slots": sum(batch.input_ids.shape[0] for batch in batches),
+            **local_counts,
+        }
+        counts = torch.tensor([float(own[name]) for name in COUNT_NAMES], dtype=torch.float64).to(self.device)
+        dist.all_reduce(counts)
+        return counts
+
+    def _feature_gradients(
+        self, batches: Sequence[PackedBatch]
+    ) -> tuple[FeatureGradients | None, dict[str, Tensor] | None]:
+        """Gradients of the contrastive loss by feature, and, with one micro-batch, the forward pass already made."""
+        if self.objectives.contrastive is None:
+            return None, None
+        if len(batches) == 1:  # nothing to accumulate over: the pass that keeps its graph serves both
+            output = self.engine(batches[0])
+            features = features_of_step([output], batches, self.layout)
+            return gradients_of_step(self.objectives.contrastive, features, output, self.layout), output
+        outputs = []
+        with torch.no_grad():
+            outputs = [self.engine(batch, towers_only=True) for batch in batches]
+        features = features_of_step(outputs, batches, self.layout)
+        return gradients_of_step(self.objectives.contrastive, features, outputs[0], self.layout), None
+
+    def _accumulate(
+        self,
+        batches: Sequence[PackedBatch],
+        global_labels: Tensor,
+        gradients: FeatureGradients | None,
+        first_output: dict[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """Forward and backward of every micro-batch; returns this rank's share of each loss, detached."""
+        losses = dict(gradients.losses) if gradients is not None else {}
+        label_loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            output = first_output if first_output is not None else self.engine(batch)
+            grads = gradients.of_micro_batch(number, batch) if gradients is not None else {}
+            loss = micro_loss(self.objectives, output, global_labels, grads, self.world_size, len(batches))
+            self.engine.backward(loss, scale_wrt_gas=False)
+            if self.objectives.next_token is not None:
+                label_loss = label_loss + output["next_token_loss_sum"].detach()
+        if self.objectives.next_token is not None:
+            losses["next_token"] = label_loss / global_labels.clamp(min=1.0)
+        return losses
+
+    def _update(self) -> tuple[float, bool]:
+        """Clip and step. The one host read of a step is the gradient norm."""
+        if self.zero_stage == 0:
+            return self._update_stage_0()
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        return norm, not self.engine.was_step_applied()
+
+    def _update_stage_0(self) -> tuple[float, bool]:
+        parameters = [p for p in self.engine.module.parameters() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        if norm != norm or norm in (float("inf"), float("-inf")):
+            # DeepSpeed checks for overflow from stage 1 on; here the step is ours to skip.
+            self.engine.zero_grad()
+            return norm, True
+        self.engine.step()
+        return norm, False

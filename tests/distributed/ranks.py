@@ -1,0 +1,79 @@
+"""Runs a function on several ranks for a test: real processes, gloo, forked from a server that has imported torch and
+DeepSpeed once, so that a case costs a second instead of half a minute."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["warm_imports"])
+
+
+class RankError(AssertionError):
+    """A rank raised, died, or did not end in time. `failures`: rank -> what it said ("timeout", "exit -9", text)."""
+
+    def __init__(self, failures: dict[int, str]):
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        self.failures = failures
+
+
+def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """`target(*args)` on every rank, with torchrun's environment; returns the results in rank order.
+
+    Raises:
+        RankError: at least one rank did not return.
+    """
+    queue = _CONTEXT.SimpleQueue()
+    port = _free_port()
+    ranks = [
+        _CONTEXT.Process(target=_rank_main, args=(rank, world_size, port, queue, target, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) + len(failures) < world_size and time.monotonic() < deadline:
+        while not queue.empty():
+            rank, ok, value = queue.get()
+            (results if ok else failures)[rank] = value
+        for rank, process in enumerate(ranks):
+            if not process.is_alive() and rank not in results and rank not in failures and queue.empty():
+                failures[rank] = f"exit {process.exitcode}"
+        time.sleep(0.02)
+    for rank, process in enumerate(ranks):
+        if rank not in results and rank not in failures:
+            failures[rank] = "timeout"
+        process.join(timeout=5 if rank in results else 0.1)
+        if process.is_alive():
+            process.kill()  # a process this function started
+            process.join()
+    if failures:
+        raise RankError(failures)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(rank: int, world_size: int, port: int, queue: Any, target: Callable[..., Any], args: tuple) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, True, target(*args)))
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc(limit=-6)))
+    os._exit(0)  # no teardown: gloo threads of a failed case may never end

@@ -1,0 +1,60 @@
+"""The DeepSpeed JSON is a pure function of the typed config, and an overlay cannot contradict it."""
+
+import pytest
+
+from trichord.core.errors import ConfigError
+from trichord.engine.config import EngineConfig
+from trichord.engine.deepspeed_config import deepspeed_config
+
+
+def derive(**engine):
+    return deepspeed_config(EngineConfig(**engine), micro_rows=2, grad_accum_steps=3)
+
+
+def test_stage_2_bf16_snapshot():
+    assert derive(zero_stage=2, precision="bf16", max_grad_norm=0.5) == {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 500_000_000,
+            "allgather_bucket_size": 500_000_000,
+            "use_multi_rank_bucket_allreduce": False,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2147483647,
+        "bf16": {"enabled": True},
+    }
+
+
+def test_stage_0_leaves_clipping_to_us():
+    config = derive(zero_stage=0, precision="fp32")
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_optimization"] == {"stage": 0}
+
+
+def test_offload_of_everything_reaches_both_parts():
+    zero = derive(zero_stage=3, offload="all")["zero_optimization"]
+    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "cpu"
+
+
+def test_overlay_adds_keys_at_any_depth():
+    config = derive(deepspeed={"comms_logger": {"enabled": True}, "zero_optimization": {"sub_group_size": 7}})
+    assert config["comms_logger"] == {"enabled": True}
+    assert config["zero_optimization"]["sub_group_size"] == 7
+    assert config["zero_optimization"]["stage"] == 1
+
+
+def test_overlay_conflict_names_key_and_both_values():
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed\.zero_optimization\.stage is 3, but .* says 1"):
+        derive(zero_stage=1, deepspeed={"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_stage_0_with_low_precision_is_refused(precision):
+    with pytest.raises(ValueError, match="zero_stage 0 with precision"):
+        EngineConfig(zero_stage=0, precision=precision)
