@@ -198,12 +198,11 @@ def _gather(walk, kinds: dict[str, list[Kind]], report: WalkReport) -> list[_Gat
         if not samples or samples[-1].key != found.key:
             samples.append(_Gathered(found.key))
         samples[-1].add(found, kinds)
-    if report.damage is not None and samples:
-        # The tar breaks off: whether its last sample had more members cannot be told, so it does not count as whole.
-        dropped = samples.pop()
-        report.damage += (
-            f"; its last sample {dropped.key!r} is left out, {len(samples)} whole samples before it are used"
-        )
+    if report.damage is not None and (samples or report.cut_key is not None):
+        # Where the tar breaks off, its last sample is whole only if a member of another sample has begun after it.
+        whole = report.cut_key is not None and (not samples or samples[-1].key != report.cut_key)
+        dropped = report.cut_key if whole else samples.pop().key
+        report.damage += f"; sample {dropped!r} is left out, the {len(samples)} whole samples before it are used"
     return samples
 
 

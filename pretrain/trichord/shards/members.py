@@ -39,11 +39,13 @@ class FoundMember(NamedTuple):
 class WalkReport:
     """What a walk over a whole tar found beside the members.
 
-    damage: why the walk ended early (None: it did not). The last sample met may then lack members.
+    damage: why the walk ended early (None: it did not). cut_key: key of the sample whose member is cut, where its name
+    could still be read; where not, the last sample met may lack members.
     unsafe_members: how many were skipped for their extension. other_members: regular files that belong to no sample.
     """
 
     damage: str | None = None
+    cut_key: str | None = None
     unsafe_members: int = 0
     other_members: int = 0
     last_member: str = field(default="", repr=False)
@@ -76,16 +78,19 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
     Raises:
         DataError: the file is compressed, or is no tar at all.
     """
+    _refuse_compressed(file, url)
     if size < _BLOCK:
         report.damage = f"the file has {size} bytes, less than one tar header"
         return
-    _refuse_compressed(file, url)
     try:
         tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115  the caller closes `file`
     except tarfile.TarError as error:
-        raise DataError(
-            f"shard {url} is no tar file ({error}); was a web page or a listing saved under its name?"
-        ) from error
+        if not _starts_as_tar(file):
+            raise DataError(
+                f"shard {url} is no tar file ({error}); was a web page or a listing saved under its name?"
+            ) from error
+        report.damage = f"cut or damaged in its first header, {size} bytes in all ({error})"
+        return
     while True:
         try:
             info = tar.next()
@@ -105,6 +110,7 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
                 f"member {info.name!r} is cut: it needs {info.size} bytes at byte {info.offset_data}, "
                 f"and the file ends at byte {size}"
             )
+            report.cut_key = (split_name(info.name) or (None,))[0]
             return
         if found is not None:
             yield found
@@ -134,6 +140,15 @@ def _refuse_compressed(file: IO[bytes], url: str) -> None:
                 f"shard {url} is compressed with {name}, and samples in a compressed tar cannot be reached without "
                 "reading all before them; unpack it once and name the .tar"
             )
+
+
+def _starts_as_tar(file: IO[bytes]) -> bool:
+    file.seek(0)
+    try:
+        tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _damage_at_end(file: IO[bytes], stop: int, size: int, last_member: str) -> str | None:

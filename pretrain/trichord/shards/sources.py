@@ -41,7 +41,7 @@ def expand_shards(source: SourceConfig) -> list[str]:
     """
     shards: set[str] = set()
     for pattern in source.shards:
-        urls = list(expand_braces(pattern))
+        urls = list(dict.fromkeys(expand_braces(pattern)))
         found = [shard for url in urls for shard in _resolve(url)]
         if not found:
             raise DataError(

@@ -77,8 +77,8 @@ def _write_tars(
     if first is None:
         raise DataError("there is no sample to write: the table or folder is empty")
     pattern = str(folder.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar"
-    # PAX: names of any length and script. Fixed owner and time: reproducible bytes.
-    options = {"encoder": False, "mtime": 0, "user": "root", "group": "root", "format": "PAX_FORMAT"}
+    # Fixed owner and time: reproducible bytes, and no PAX header for a fraction of a second.
+    options = {"encoder": False, "mtime": 0, "user": "root", "group": "root"}
     with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=max_bytes, verbose=0, **options) as writer:
         for written, row in enumerate(chain([first], rows), start=1):
             writer.write({"__key__": row.key, **{ext: _content(row, ext) for ext in row.members}})

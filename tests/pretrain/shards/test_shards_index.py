@@ -1,0 +1,291 @@
+"""The sidecars: their exact text, what is measured, when they are built anew, where they are kept."""
+
+import json
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trichord.core.errors import DataError
+from trichord.shards import index as index_module
+from trichord.shards import sidecars
+from trichord.shards.config import FieldsConfig
+from trichord.shards.index import MemberRef, build_index, index_shards, load_header, load_index
+
+
+def test_idx_is_what_wds2idx_writes(write_tar):
+    path = write_tar(
+        [("a/0.txt", b"x" * 600), ("a/0.json", b"{}"), (".hidden", b"-"), ("README", b"-"), ("a/1.seg.PNG", b"png")]
+    )
+    build_index(path)
+    # computed by hand: each member is one header block of 512 bytes and its data in whole blocks
+    assert Path(path).with_suffix(".idx").read_text() == (
+        "v1.2 2\ntxt 512 600 a/0.txt json 2048 2 a/0.json\nseg.PNG 5120 3 a/1.seg.PNG\n"
+    )
+
+
+def test_len_is_versioned_and_has_one_line_per_sample(write_tar, png, sound):
+    path = write_tar(
+        [
+            ("0.png", png(7, 5)),
+            ("0.txt", "naïve".encode()),
+            ("1.wav", sound(800, 8000)),
+            ("1.txt", b""),
+            ("2.json", b"{}"),
+        ]
+    )
+    build_index(path)
+    lines = [json.loads(line) for line in Path(path).with_suffix(".len").read_text().splitlines()]
+    header = lines[0]
+    assert (header["format"], header["version"], header["samples"]) == ("trichord-len", 1, 3)
+    assert header["shard"] == {"size": os.path.getsize(path), "mtime_ns": os.stat(path).st_mtime_ns}
+    assert header["columns"] == [["audio", "wav"], ["image", "png"], ["text", "txt"]]
+    assert lines[1:] == [[None, [7, 5], 5], [[800, 8000], None, 0], [None, None, None]]
+
+
+def test_entries_of_a_webdataset_shard(tmp_path, png, sound):
+    import webdataset
+
+    path = str(tmp_path / "w.tar")
+    with webdataset.ShardWriter(
+        str(tmp_path / "w.tar").replace("w.tar", "w-%02d.tar"), maxcount=2, verbose=0
+    ) as writer:
+        for number in range(3):
+            writer.write(
+                {
+                    "__key__": f"dir.v1/{number}",
+                    "png": png(8, 6),
+                    "flac": sound(321, 16000, "FLAC"),
+                    "txt": "hello",
+                    "json": {"n": number},
+                }
+            )
+    path = str(tmp_path / "w-00.tar")
+    index = load_index(path)
+    entry = index.entry(1)
+    assert index.num_samples == 2
+    assert (entry.key, entry.shard, entry.problem) == ("dir.v1/1", path, None)
+    assert (entry.image_size, entry.audio_frames, entry.audio_rate, entry.text_chars) == ((8, 6), 321, 16000, 5)
+    assert list(entry.members) == ["image", "audio", "text", "meta"]
+    for ref in entry.members.values():
+        with open(path, "rb") as file, tarfile.open(path) as tar:
+            file.seek(ref.offset)
+            assert file.read(ref.size) == tar.extractfile(ref.name).read()
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_and_foreign_names(write_tar, format):
+    names = ["d" * 90 + "/" + "n" * 200 + ".txt", "Übergröße/猫.txt", "p" * 300 + ".txt"]
+    path = write_tar([(name, name.encode()) for name in names], format=format)
+    entries = [load_index(path).entry(number) for number in range(3)]
+    assert [entry.key + ".txt" for entry in entries] == names
+    data = Path(path).read_bytes()
+    for name, entry in zip(names, entries):
+        ref = entry.members["text"]
+        assert data[ref.offset : ref.offset + ref.size] == name.encode()
+
+
+def test_names_are_keys_and_never_paths(write_tar):
+    path = write_tar([("../../etc/passwd.txt", b"a"), ("/abs/1.txt", b"b"), ("./2.txt", b"c")])
+    index = load_index(path)
+    assert [index.entry(number).key for number in range(3)] == ["../../etc/passwd", "/abs/1", "./2"]
+
+
+def test_white_space_in_names_keeps_idx_readable_and_keys_exact(write_tar):
+    path = write_tar([("my cat.txt", b"a"), ("my cat.a b.json", b"{}"), ("tab\tnew\nline.txt", b"b")])
+    index = load_index(path)
+    assert [index.entry(number).key for number in range(2)] == ["my cat", "tab\tnew\nline"]
+    reloaded = load_index(path)
+    assert reloaded.entry(0) == index.entry(0)
+    lines = Path(path).with_suffix(".idx").read_text().splitlines()
+    assert lines[1] == "txt 512 1 my%20cat.txt a%20b.json 1536 2 my%20cat.a%20b.json"
+    assert len(lines) == 3
+
+
+def test_members_in_any_order_and_the_first_mapped_extension_wins(write_tar, png):
+    path = write_tar([("0.txt", b"t"), ("0.png", png()), ("0.jpg", png(9, 9, "JPEG")), ("0.JSON", b"{}")])
+    entry = load_index(path).entry(0)
+    assert entry.members["image"].name == "0.jpg"
+    assert entry.image_size == (9, 9)
+    assert entry.members["meta"] == MemberRef("json", "0.JSON", entry.members["meta"].offset, 2)
+
+
+def test_a_mapping_that_was_not_measured_yet_builds_the_index_anew(write_tar, png):
+    path = write_tar([("0.img", png(5, 2)), ("0.caption", b"four")])
+    assert "no member with a mapped extension" in load_index(path).entry(0).problem
+    fields = FieldsConfig(image=("img",), text=("caption",))
+    entry = load_index(path, fields).entry(0, fields)
+    assert (entry.image_size, entry.text_chars, entry.problem) == ((5, 2), 4, None)
+    assert load_header(path).num_samples == 1
+
+
+def test_pickled_members_are_ignored_and_counted(write_tar):
+    path = write_tar(
+        [("0.txt", b"t"), ("0.pyd", b"x"), ("0.a.PKL", b"x"), ("1.pth", b"x"), ("2.txt", b"u"), ("2.pt", b"x")]
+    )
+    index = load_index(path)
+    assert index.unsafe_members == 4
+    assert [sorted(index.entry(number).members) for number in range(3)] == [["text"], [], ["text"]]
+    assert "no member with a mapped extension" in index.entry(1).problem
+
+
+def test_problems_of_samples(write_tar, png, sound):
+    path = write_tar(
+        [
+            ("twice.txt", b"a"),
+            ("twice.TXT", b"b"),
+            ("latin.txt", b"\xe4\xf6"),
+            ("noimage.png", b"<html>"),
+            ("noaudio.flac", b"nothing"),
+            ("cut.wav", sound()[:20]),
+            ("empty.png", b""),
+            ("fine.txt", b"ok"),
+        ]
+    )
+    index = load_index(path)
+    problems = {(entry := index.entry(n)).key: entry.problem for n in range(index.num_samples)}
+    assert "two members with extension 'txt', the second is 'twice.TXT'" in problems["twice"]
+    assert problems["latin"].startswith("text: text is not UTF-8: invalid continuation byte at byte 0")
+    assert problems["noimage"] == "image: not an image in JPEG, PNG, WEBP"
+    assert problems["noaudio"].startswith("audio: broken audio: ")
+    assert problems["cut"].startswith("audio: ")
+    assert problems["empty"] == "image: the member is empty"
+    assert problems["fine"] is None
+    assert index.entry(index.num_samples - 1, max_members=0).problem == (
+        "1 members, more than shards.max_members_per_sample 0"
+    )
+    assert load_index(path).entry(2).problem == index.entry(2).problem
+
+
+@pytest.mark.parametrize(("orientation", "expected"), [(1, (8, 6)), (3, (8, 6)), (6, (6, 8)), (8, (6, 8))])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_image_size_is_after_exif_rotation(write_tar, png, format, orientation, expected):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ext = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[format]
+    path = write_tar([(f"0.{ext}", png(8, 6, format, exif=exif))])
+    assert load_index(path).entry(0).image_size == expected
+
+
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_audio_frames_are_those_the_decoder_gives(write_tar, sound, format):
+    import io
+
+    import soundfile
+
+    data = sound(12_345, 16_000, format, channels=2)
+    path = write_tar([(f"0.{format.lower()}", data)])
+    entry = load_index(path).entry(0)
+    decoded, rate = soundfile.read(io.BytesIO(data))
+    assert (entry.audio_frames, entry.audio_rate) == (len(decoded), rate)
+
+
+def test_a_stale_index_is_built_anew(write_tar, monkeypatch):
+    path = write_tar([("0.txt", b"one")])
+    assert load_index(path).entry(0).text_chars == 3
+    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("a fresh index must not be built again"))
+    assert load_index(path).entry(0).text_chars == 3
+    monkeypatch.undo()
+    before = os.stat(path)
+    write_tar([("0.txt", b"longer")])  # the same length of the tar: only the time tells
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert os.path.getsize(path) == before.st_size
+    assert load_index(path).entry(0).text_chars == 6
+    write_tar([("0.txt", b"x" * 20_000)])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the same time: only the length tells
+    assert load_index(path).entry(0).text_chars == 20_000
+
+
+@pytest.mark.parametrize("ending", [".idx", ".len"])
+@pytest.mark.parametrize("damage", ["remove", "cut", "other version"])
+def test_damaged_sidecars_are_built_anew(write_tar, ending, damage):
+    path = write_tar([("0.txt", b"one"), ("1.txt", b"three")])
+    build_index(path)
+    sidecar = Path(path).with_suffix(ending)
+    good = sidecar.read_bytes()
+    if damage == "remove":
+        sidecar.unlink()
+    elif damage == "cut":
+        sidecar.write_bytes(good[:-3])
+    else:
+        sidecar.write_bytes(good.replace(b"v1.2", b"v1.1").replace(b'"version":1', b'"version":99'))
+    assert load_index(path).entry(1).text_chars == 5
+    assert sidecar.read_bytes() == good
+
+
+def test_a_folder_that_cannot_be_written_uses_the_cache(write_tar, own_cache, monkeypatch):
+    path = write_tar([("0.txt", b"one")])
+    replace_file = sidecars._replace_file
+
+    def refuse_beside(target, data):
+        if not target.startswith(str(own_cache)):
+            raise PermissionError(13, "Permission denied", target)
+        replace_file(target, data)
+
+    monkeypatch.setattr(sidecars, "_replace_file", refuse_beside)
+    assert load_index(path).entry(0).text_chars == 3
+    assert not Path(path).with_suffix(".len").exists()
+    assert len(list(own_cache.rglob("*.len"))) == 1
+    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("the cached index must be used"))
+    assert load_index(path).entry(0).text_chars == 3
+
+
+def test_nowhere_to_write_says_what_to_do(write_tar, monkeypatch):
+    path = write_tar([("0.txt", b"one")])
+
+    def refuse(target, data):
+        raise OSError(30, "Read-only file system", target)
+
+    monkeypatch.setattr(sidecars, "_replace_file", refuse)
+    with pytest.raises(DataError, match=r"cannot write the sidecars .*s\.len.*TRICHORD_CACHE"):
+        load_index(path)
+
+
+def test_two_writers_at_once_leave_a_whole_sidecar(write_tar):
+    path = write_tar([("0.txt", b"one")])
+    first, second = build_index(path), build_index(path)
+    assert first.header == second.header
+    assert not list(Path(path).parent.glob(".sidecar-*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_shards(text_shards, workers):
+    paths = text_shards([3, 0, 2])
+    load_index(paths[0])
+    calls = []
+    headers = index_shards(paths, workers=workers, on_progress=lambda *call: calls.append(call))
+    assert [(header.url, header.num_samples) for header in headers] == list(zip(paths, [3, 0, 2]))
+    assert [call[:2] for call in calls] == [(1, 3), (2, 3), (3, 3)]
+    assert sorted(call[2] for call in calls) == paths
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.tar.*check that the shard is there"):
+        load_index(str(tmp_path / "gone.tar"))
+
+
+def test_an_entry_is_read_in_microseconds(text_shards):
+    index = load_index(text_shards([500])[0])
+    start = time.perf_counter()
+    for number in range(500):
+        index.entry(number)
+    assert (time.perf_counter() - start) / 500 < 2e-3  # 10-20 us on a quiet core; the bound only catches rescans
+
+
+def test_members_of_numpy_and_torch_free_import():
+    """A login node indexes shards: importing the room's reading side needs neither numpy nor torch."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\n"
+        "import trichord.shards.index, trichord.shards.reader, trichord.shards.lanes, trichord.shards.build\n"
+        "print([name for name in ('torch', 'numpy', 'PIL', 'soundfile', 'webdataset') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert np.__name__ == "numpy"

@@ -1,0 +1,92 @@
+"""Which shards a source means, and what is said when it means none."""
+
+import fsspec
+import pytest
+
+from trichord.core.errors import ConfigError, DataError
+from trichord.shards.config import SourceConfig
+from trichord.shards.sources import expand_braces, expand_shards
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("d/{0..3}.tar", ["d/0.tar", "d/1.tar", "d/2.tar", "d/3.tar"]),
+        ("d/{008..010}.tar", ["d/008.tar", "d/009.tar", "d/010.tar"]),
+        ("{9..11}", ["9", "10", "11"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{train,extra}-{0..1}", ["train-0", "train-1", "extra-0", "extra-1"]),
+        ("{a,b{0..1}}", ["a", "b0", "b1"]),
+        ("plain.tar", ["plain.tar"]),
+    ],
+)
+def test_braces(pattern, expected):
+    assert sorted(set(expand_braces(pattern))) == sorted(expected)
+
+
+@pytest.mark.parametrize("pattern", ["{0..9", "0..9}.tar", "{0-9}.tar", "{a..c}.tar"])
+def test_malformed_braces_are_named(pattern):
+    with pytest.raises(ConfigError) as caught:
+        list(expand_braces(pattern))
+    assert pattern in str(caught.value)
+    assert "{0000..0099}" in str(caught.value)
+
+
+def _source(*shards: str) -> SourceConfig:
+    return SourceConfig(name="cats", shards=shards)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b-1.tar", "b-0.tar", "a.tar", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_globs_and_names_are_sorted_and_unique(folder):
+    found = expand_shards(_source(f"{folder}/b-{{0..1}}.tar", f"{folder}/*.tar", f"{folder}/a.tar"))
+    assert found == [f"{folder}/{name}" for name in ("a.tar", "b-0.tar", "b-1.tar")]
+
+
+def test_file_url(folder):
+    assert expand_shards(_source(f"file://{folder}/a.tar")) == [f"{folder}/a.tar"]
+
+
+def test_a_name_with_glob_characters_is_still_a_name(tmp_path):
+    path = tmp_path / "x[1].tar"
+    path.write_bytes(b"")
+    assert expand_shards(_source(str(path))) == [str(path)]
+
+
+def test_nothing_found_names_source_pattern_and_folder(folder):
+    with pytest.raises(DataError, match=r"'cats'.*nope/\*\.tar.*no such folder.*trichord data build"):
+        expand_shards(_source(f"{folder}/nope/*.tar"))
+
+
+def test_missing_shards_of_a_range_are_counted_and_named(folder):
+    with pytest.raises(DataError, match=r"3 of 5 shards .*b-2\.tar, .*b-3\.tar, .*b-4\.tar"):
+        expand_shards(_source(f"{folder}/b-{{0..4}}.tar"))
+
+
+def test_a_folder_is_not_a_shard(folder):
+    with pytest.raises(DataError, match=r"is a folder; name the tars"):
+        expand_shards(_source(str(folder)))
+
+
+def test_compressed_shards_are_refused(folder):
+    (folder / "c.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"c\.tar\.gz is compressed.*gunzip"):
+        expand_shards(_source(f"{folder}/c.tar.gz"))
+
+
+def test_remote_glob():
+    fs = fsspec.filesystem("memory")
+    for name in ("x/2.tar", "x/1.tar", "x/1.idx"):
+        fs.pipe_file(f"/sources/{name}", b"")
+    found = expand_shards(_source("memory://sources/x/*.tar"))
+    assert found == ["memory:///sources/x/1.tar", "memory:///sources/x/2.tar"]
+
+
+def test_unknown_protocol_says_what_to_install():
+    with pytest.raises(ConfigError, match=r"nosuchfs://.*not installed"):
+        expand_shards(_source("nosuchfs://bucket/*.tar"))
