@@ -44,9 +44,10 @@ class TokenizerKind(str, Enum):
     word = "word"
 
 
-class Example(str, Enum):
+class ConfigKind(str, Enum):
     run = "run"
     suite = "suite"
+    cluster = "cluster"
 
 
 @app.callback(invoke_without_command=True)
@@ -232,18 +233,19 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @config_app.command("check")
 def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Is this run config or suite valid? Every mistake with file, line and the nearest valid key."""
+    """Is this run config, suite or cluster file valid? Every mistake with file, line and the nearest valid key."""
     from trichord.config.load import check_config
 
     print(check_config(config, overrides or []))
 
 
 @config_app.command("schema")
-def config_schema(of: Annotated[Example, typer.Option(help="Which kind of file.")] = Example.run) -> None:
+def config_schema(of: Annotated[ConfigKind, typer.Option(help="Which kind of file.")] = ConfigKind.run) -> None:
     """JSON Schema for editors."""
-    from trichord.config.schema import run_schema, suite_schema
+    from trichord.config.schema import cluster_schema, run_schema, suite_schema
 
-    print(json.dumps(run_schema() if of is Example.run else suite_schema(), indent=2))
+    make = {ConfigKind.run: run_schema, ConfigKind.suite: suite_schema, ConfigKind.cluster: cluster_schema}[of]
+    print(json.dumps(make(), indent=2))
 
 
 @config_app.command("new")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from trichord.config.cluster import ClusterConfig
 from trichord.config.problems import Problem, dotted, explain, numbers_from_bools, primary_errors, report
 from trichord.config.run import RunConfig
 from trichord.config.yaml_text import KeyPath, ParsedYaml, dump_yaml, parse_scalar_or_yaml, parse_yaml
@@ -37,8 +38,13 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     return load_config(path, SuiteConfig, overrides)
 
 
+def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """A cluster's facts in file `path` (or a shipped one by its name). Raises ConfigError like `load_run_config`."""
+    return load_config(path, ClusterConfig, overrides)
+
+
 def load_config(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
-    """Any config class from a file: what `load_run_config` and `load_suite` do, for other leaves (cluster files)."""
+    """Any config class from a file: what `load_run_config` does, for any leaf."""
     file = find_config(path)
     parsed = parse_yaml(_read_text(file), str(file))
     if parsed.data is None and not parsed.problems:
@@ -76,12 +82,18 @@ def validate(parsed: ParsedYaml, model: type[Model], overrides: Sequence[str], w
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """One line that says what a valid file is: a run config, or a suite (it has `tasks`). Raises ConfigError."""
+    """One line that says what a valid file is: a suite (it has `tasks`), a cluster (`gpus_per_node`), or a run config.
+
+    Raises ConfigError like `load_run_config`.
+    """
     file = find_config(path)
     data = parse_yaml(_read_text(file), str(file)).data
     if isinstance(data, dict) and "tasks" in data:
         suite = load_suite(file, overrides)
         return f"{file}: valid suite {suite.name!r} of {len(suite.tasks)} tasks"
+    if isinstance(data, dict) and "gpus_per_node" in data:
+        cluster = load_cluster(file, overrides)
+        return f"{file}: valid cluster {cluster.name!r} of {cluster.num_gpus} GPUs"
     return f"{file}: valid config of run {load_run_config(file, overrides).run.name!r}"
 
 

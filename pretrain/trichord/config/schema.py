@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from trichord.config.cluster import ClusterConfig
 from trichord.config.run import RunConfig
 from trichord.evaluation.config import SuiteConfig
 
@@ -20,6 +21,11 @@ def run_schema() -> dict[str, Any]:
 def suite_schema() -> dict[str, Any]:
     """Schema of an evaluation suite (`configs/suites`)."""
     return json_schema(SuiteConfig)
+
+
+def cluster_schema() -> dict[str, Any]:
+    """Schema of a cluster's facts (`configs/clusters`)."""
+    return json_schema(ClusterConfig)
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
