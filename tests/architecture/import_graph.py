@@ -9,6 +9,15 @@ REPO = Path(__file__).resolve().parents[2]
 ROOTS = {"trichord": REPO / "pretrain", "trichord_kernels": REPO / "kernels", "trichord_launch": REPO / "launch"}
 
 
+def project() -> dict:
+    """The `[project]` table of pyproject.toml."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+        import tomli as tomllib
+    return tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+
+
 class Import(NamedTuple):
     """One import: `module` (dotted) at `line` of `importer`."""
 

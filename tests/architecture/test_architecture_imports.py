@@ -1,10 +1,11 @@
 """The road as an import table: a room imports only rooms above it, core, and its own config; nothing goes round."""
 
 import ast
+import re
 import sys
 
 import pytest
-from import_graph import find_cycle, imports, imports_in, modules
+from import_graph import find_cycle, imports, imports_in, modules, project
 
 # The order in which the data travels. `train` tells the story; `quickstart` runs it whole; `cli` only names verbs.
 ROOMS = (
@@ -108,6 +109,32 @@ def test_the_import_table_holds():
         if (why := violation(i.importer, i.module))
     ]
     assert not broken, "\n".join(broken)
+
+
+def declared(extras: tuple[str, ...]) -> set[str]:
+    """Names of the packages that the base install and these extras bring."""
+    lines = [
+        *project()["dependencies"],
+        *(line for extra in extras for line in project()["optional-dependencies"][extra]),
+    ]
+    return {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
+
+
+IMPORT_NAMES = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit_learn",
+}  # import name: package name, where they differ
+
+
+@pytest.mark.parametrize(
+    ("package", "extras"),
+    [("trichord", ("kernels", "train")), ("trichord_kernels", ("kernels",)), ("trichord_launch", ())],
+)
+def test_every_library_that_is_imported_is_declared(package, extras):
+    ours = sys.stdlib_module_names | {"trichord", "trichord_kernels", "trichord_launch"}
+    names = {i.module.split(".")[0] for i in imports() if i.importer.split(".")[0] == package} - ours
+    assert {IMPORT_NAMES.get(name, name).lower() for name in names} <= declared(extras)
 
 
 def test_no_module_is_its_own_ancestor():
