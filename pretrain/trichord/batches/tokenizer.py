@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +63,11 @@ class TextTokenizer:
             )
         return token_id
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The five ids that the model has to know, by name."""
+        return {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id", "image_id", "audio_id")}
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no [BOS], no [EOS], never cut, and no special id whatever characters are in it."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -98,7 +103,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise ConfigError(
-                f"batches.tokenizer: expected a folder with tokenizer.json or hub-id@revision, found nothing at {name!r}"
+                f"batches.tokenizer: expected a folder with tokenizer.json or hub-id@revision, nothing is at {name!r}"
                 "; train one with `trichord data tokenizer`, or give the folder of a released one"
             )
         folder = _fetch_from_hub(name)
@@ -197,7 +202,7 @@ def _untrained(kind: TokenizerKind, vocab_size: int) -> tuple[Tokenizer, trainer
     return tokenizer, trainers.WordLevelTrainer(**options)
 
 
-def _write_folder(tokenizer: Tokenizer, specials: dict[str, str], out_dir: Path) -> None:
+def _write_folder(tokenizer: Tokenizer, specials: Mapping[str, str | None], out_dir: Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
     config = {f"{name}_token": token for name, token in specials.items()}

@@ -13,6 +13,8 @@ class ImageConfig(Leaf):
     size: int = Field(default=224, ge=4)
     """Side of the square the model sees, in pixels."""
     resize: Literal["squash", "center_crop", "random_resized_crop"] = "center_crop"
+    min_crop_frac: float = Field(default=0.9, gt=0, le=1)
+    """random_resized_crop: smallest share of the area. 0.9 keeps what a caption speaks of; ImageNet uses 0.08."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     max_pixels: int = Field(default=50_000_000, ge=1)

@@ -91,7 +91,7 @@ def test_unreadable_folder_is_a_config_error(tmp_path, prepare, message):
 
 
 def test_missing_path_is_a_config_error():
-    with pytest.raises(ConfigError, match=r"found nothing at '\./nowhere'"):
+    with pytest.raises(ConfigError, match=r"nothing is at '\./nowhere'"):
         load_tokenizer("./nowhere")
 
 

@@ -1,0 +1,69 @@
+"""Rows to one `PackedBatch`: lay the rows end to end and count segments and positions from the batch's start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, PackedBatch
+from trichord.batches.rows import RowArrays
+
+_PLAIN = ("input_ids", "labels", "span_kind", "pixels", "waveforms", "group_ids", "sample_ids", "bad_segments")
+
+
+def collate(rows: Sequence[RowArrays]) -> PackedBatch:
+    """One micro-batch of the given rows, of whatever lengths; T is their sum.
+
+    Runs of slack end at row borders too, so that no run, and no attention over one, is longer than a row.
+    """
+    row_starts = _starts([len(row.input_ids) for row in rows])
+    segment_starts = _starts([len(row.group_ids) for row in rows])
+    parts = {name: np.concatenate([getattr(row, name) for row in rows]) for name in _PLAIN}
+    for name in ("span_ends", "image_spans", "audio_spans", "text_spans"):
+        parts[name] = np.concatenate([getattr(row, name) + np.int32(at) for row, at in zip(rows, row_starts)])
+    for name in ("image_segments", "audio_segments"):
+        parts[name] = np.concatenate([getattr(row, name) + at for row, at in zip(rows, segment_starts)])
+    parts["segment_ids"] = np.concatenate(
+        [np.where(row.segment_ids == SLACK_SEGMENT, SLACK_SEGMENT, row.segment_ids + np.int32(at)).astype(np.int32)
+         for row, at in zip(rows, segment_starts)]
+    )  # fmt: skip
+    parts["position_ids"] = np.concatenate([row.position_ids for row in rows], axis=1)
+    parts["label_index"] = np.flatnonzero(parts["labels"] != IGNORE_INDEX)
+    parts["cu_seqlens"] = _run_boundaries(parts["segment_ids"], row_starts)
+    parts["image_index"] = _positions(parts["image_spans"])
+    parts["audio_index"] = _positions(parts["audio_spans"])
+    return PackedBatch(
+        **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()},
+        audio_offsets=tuple(_starts([int(n) for row in rows for n in row.audio_lengths])),
+        image_counts=_lengths(parts["image_spans"]),
+        audio_counts=_lengths(parts["audio_spans"]),
+        text_lengths=_lengths(parts["text_spans"]),
+        num_segments=segment_starts[-1],
+        num_images=len(parts["pixels"]),
+        num_audios=len(parts["audio_spans"]),
+        num_labels=len(parts["label_index"]),
+        max_seqlen=int(np.diff(parts["cu_seqlens"]).max(initial=0)),
+        useful_tokens=int((parts["segment_ids"] != SLACK_SEGMENT).sum()),
+    )
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    """Where each part starts when they are laid end to end, and where the last one ends."""
+    return [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+
+
+def _run_boundaries(segment_ids: np.ndarray, row_starts: Sequence[int]) -> np.ndarray:
+    changes = np.flatnonzero(segment_ids[1:] != segment_ids[:-1]) + 1
+    return np.union1d(changes, row_starts).astype(np.int32)
+
+
+def _positions(spans: np.ndarray) -> np.ndarray:
+    """All stream positions inside the spans (n, 2), span by span, int64."""
+    ranges = [np.arange(start, end, dtype=np.int64) for start, end in spans]
+    return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
+
+
+def _lengths(spans: np.ndarray) -> tuple[int, ...]:
+    return tuple((spans[:, 1] - spans[:, 0]).tolist())

@@ -1,0 +1,144 @@
+"""Rows to arrays to batch, against values written out by hand; and the trip through shared memory."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from trichord.batches.collate import collate
+from trichord.batches.config import BatchesConfig
+from trichord.batches.interleave import plan_segment
+from trichord.batches.lane_reader import LaneStep
+from trichord.batches.packed_batch import IGNORE_INDEX
+from trichord.batches.rows import DecodedItems, RowArrays, build_row
+from trichord.batches.windows import PlannedSample, group_of
+from trichord.batches.workers import pack_parcel, unpack_parcel
+from trichord.shards.index import SampleEntry
+from trichord.shards.lanes import SampleRef
+
+X = IGNORE_INDEX
+TOKENIZER = SimpleNamespace(pad_id=0, bos_id=1, eos_id=2, image_id=4, audio_id=5)
+CONFIG = BatchesConfig(tokenizer="unused", row_tokens=10)
+
+
+def sample(number, grid=None, audio_tokens=None, text=None) -> PlannedSample:
+    layout = plan_segment(grid, audio_tokens, 0, None if text is None else len(text))
+    ids = np.array(text or [], dtype=np.int32)
+    return PlannedSample(
+        SampleRef(0, 0, number), SampleEntry(f"k{number}", "x.tar"), layout, ids[:0], ids, 100 + number
+    )
+
+
+def items(image=None, audio=None) -> DecodedItems:
+    pixels = None if image is None else np.full((3, 2, 2), image, np.uint8)
+    return DecodedItems(pixels, None if audio is None else np.arange(audio, dtype=np.int16))
+
+
+def two_rows(bad_first=False) -> list[RowArrays]:
+    first = [sample(0, grid=(1, 2), text=[20]), sample(1, audio_tokens=2, text=[21])]
+    decoded = [None if bad_first else items(image=7), items(audio=5)]
+    second = [sample(2, grid=(1, 1)), sample(3, text=[22, 23])]
+    return [
+        build_row(first, decoded, TOKENIZER, CONFIG, 2),
+        build_row(second, [items(image=9), items()], TOKENIZER, CONFIG, 2),
+    ]
+
+
+def test_batch_of_two_rows():
+    batch = collate(two_rows())
+    batch.check()
+    assert batch.input_ids.tolist() == [1, 4, 4, 20, 2, 1, 5, 5, 21, 2, 1, 4, 1, 22, 23, 2, 0, 0, 0, 0]
+    assert batch.labels.tolist() == [X, X, 20, 2, X, X, X, 21, 2, X, X, X, 22, 23, 2, X, X, X, X, X]
+    assert batch.label_index.tolist() == [2, 3, 7, 8, 12, 13, 14]
+    assert batch.segment_ids.tolist() == [0] * 5 + [1] * 5 + [2] * 2 + [3] * 4 + [-1] * 4
+    assert batch.cu_seqlens.tolist() == [0, 5, 10, 12, 16, 20]
+    assert batch.span_ends.tolist() == [1, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+    assert batch.position_ids[1].tolist() == [0, 1, 1, 3, 4, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 0, 0, 0]
+    assert batch.position_ids[2].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 0, 0, 0]
+    assert batch.image_spans.tolist() == [[1, 3], [11, 12]]
+    assert batch.image_segments.tolist() == [0, 2]
+    assert batch.image_index.tolist() == [1, 2, 11]
+    assert batch.pixels[:, 0, 0, 0].tolist() == [7, 9]
+    assert batch.audio_spans.tolist() == [[6, 8]]
+    assert batch.audio_segments.tolist() == [1]
+    assert batch.audio_index.tolist() == [6, 7]
+    assert batch.audio_offsets == (0, 5)
+    assert batch.text_spans.tolist() == [[3, 4], [8, 9], [12, 12], [13, 15]]
+    assert batch.text_lengths == (1, 1, 0, 2)
+    assert (batch.image_counts, batch.audio_counts) == ((2, 1), (2,))
+    assert batch.group_ids.tolist() == [100, 101, 102, 103]
+    assert batch.sample_ids[:, 2].tolist() == [0, 1, 2, 3]
+    assert (batch.num_segments, batch.num_labels, batch.max_seqlen, batch.useful_tokens) == (4, 7, 5, 16)
+
+
+def test_bad_sample_becomes_slack_and_nothing_else_moves():
+    good, bad = collate(two_rows()), collate(two_rows(bad_first=True))
+    bad.check()
+    assert bad.bad_segments.tolist() == [True, False, False, False]
+    assert bad.segment_ids[:5].tolist() == [-1] * 5
+    assert bad.input_ids[:5].tolist() == [0] * 5
+    assert (bad.labels[:5] == X).all()
+    assert bad.text_lengths[0] == 0
+    assert bad.num_segments == good.num_segments
+    assert bad.num_images == good.num_images - 1
+    for name in ("input_ids", "labels", "segment_ids", "span_kind", "span_ends"):
+        torch.testing.assert_close(getattr(bad, name)[5:], getattr(good, name)[5:])
+    torch.testing.assert_close(bad.position_ids[:, 5:], good.position_ids[:, 5:])
+    torch.testing.assert_close(bad.waveforms, good.waveforms)
+    assert bad.image_spans.tolist() == [[11, 12]]
+    assert bad.image_segments.tolist() == [2]
+
+
+def test_empty_rows_are_slack_no_longer_than_a_row():
+    empty = build_row([], [], TOKENIZER, CONFIG, 2)
+    batch = collate([empty, empty, empty])
+    batch.check()
+    assert batch.cu_seqlens.tolist() == [0, 10, 20, 30]
+    assert (batch.num_segments, batch.num_images, batch.num_labels, batch.max_seqlen) == (0, 0, 0, 10)
+    assert batch.useful_tokens == 0
+    assert batch.pixels.shape == (0, 3, 2, 2)
+    assert batch.audio_offsets == (0,)
+
+
+def test_dtypes_are_those_promised():
+    batch = collate(two_rows())
+    expected = {
+        **dict.fromkeys(("input_ids", "labels", "label_index", "image_index", "audio_index"), torch.int64),
+        **dict.fromkeys(("image_segments", "audio_segments", "group_ids", "sample_ids"), torch.int64),
+        **dict.fromkeys(("segment_ids", "cu_seqlens", "span_ends", "image_spans", "audio_spans"), torch.int32),
+        **{"text_spans": torch.int32, "position_ids": torch.float32, "span_kind": torch.int8},
+        **{"pixels": torch.uint8, "waveforms": torch.int16, "bad_segments": torch.bool},
+    }
+    assert {name: getattr(batch, name).dtype for name in expected} == expected
+    empty = collate([build_row([], [], TOKENIZER, CONFIG, 2)])
+    assert {name: getattr(empty, name).dtype for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["labels", "pixels", "audio_index", "group_ids", "label_index"])
+def test_check_names_both_numbers_of_a_batch_that_disagrees(name):
+    batch = collate(two_rows())
+    broken = dataclasses.replace(batch, **{name: getattr(batch, name)[:-1]})
+    length = len(getattr(batch, name))
+    with pytest.raises(ValueError, match=rf"{name}.* is {length - 1}, .* is {length}|set is 6, num_labels is 7"):
+        broken.check()
+
+
+def test_parcel_carries_rows_unchanged():
+    steps = [LaneStep(lane, row, None, ()) for lane, row in enumerate([*two_rows(), *two_rows(bad_first=True)])]
+    steps.append(LaneStep(9, build_row([], [], TOKENIZER, CONFIG, 2), None, ()))
+    for sent, got in zip(steps, unpack_parcel(pack_parcel(steps)), strict=True):
+        assert got.lane == sent.lane
+        for field in dataclasses.fields(RowArrays):
+            expected, array = getattr(sent.row, field.name), getattr(got.row, field.name)
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_groups():
+    assert group_of("A  Cat\n", {}, "x", 1) == group_of("a cat", {}, "y", 2)
+    assert group_of("a cat", {}, "x", 1) != group_of("a dog", {}, "x", 1)
+    assert group_of("a cat", {"group": 7}, "x", 1) == group_of(None, {"group": "7"}, "y", 2)
+    assert group_of(None, {}, "x", 1) == group_of(None, {"group": None}, "x", 1) != group_of(None, {}, "x", 2)
+    assert all(0 <= group_of(str(n), {}, "x", n) < 2**63 for n in range(100))
