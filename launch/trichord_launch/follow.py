@@ -1,0 +1,134 @@
+"""`trichord-launch status` and `logs`: what a run is doing, from the files in its folder alone."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trichord.core.errors import ConfigError
+from trichord.core.status import read_rank_statuses, read_status
+from trichord_launch.supervise import is_held
+from trichord_launch.verdict import last_metrics
+
+_SHOWN_METRICS = ("train/loss", "speed/tokens_per_s", "train/grad_norm")
+
+
+def find_run(run: str, root: Path = Path("runs")) -> Path:
+    """The folder of a run given as a path or as a name under `runs/`.
+
+    Raises:
+        ConfigError: no such run; names the nearest.
+    """
+    for folder in (Path(run).expanduser(), root / run):
+        if folder.is_dir():
+            return folder
+    known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    near = difflib.get_close_matches(run, known, n=3, cutoff=0.3) or known[:3]
+    hint = f"; nearest: {', '.join(near)}" if near else f"; {root.absolute()} holds no runs"
+    raise ConfigError(f"no run {run!r}: expected the path of a run folder, or the name of one under {root}/{hint}")
+
+
+def run_status(folder: Path) -> dict[str, Any]:
+    """What is known of a run, as plain data for `--json` and for `render_status`."""
+    status = read_status(folder)
+    attempts = folder / "attempts"
+    numbers = sorted(int(p.name) for p in attempts.iterdir() if p.name.isdigit()) if attempts.is_dir() else []
+    verdicts = {number: _json(attempts / str(number) / "verdict.json") for number in numbers}
+    return {
+        "run": folder.name,
+        "folder": str(folder),
+        "status": vars(status) if status else None,
+        "launcher_alive": is_held(folder),
+        "total_steps": _total_steps(folder),
+        "checkpoints": sorted(p.parent.name for p in (folder / "checkpoints").glob("step-*/manifest.json")),
+        "last_metrics": last_metrics(folder),
+        "failed_ranks": {rank: vars(rank_status) for rank, rank_status in read_rank_statuses(folder).items()},
+        "attempts": {number: verdict for number, verdict in verdicts.items() if verdict},
+    }
+
+
+def render_status(facts: dict[str, Any], now: float | None = None) -> str:
+    """`run_status` as lines for a person."""
+    now = time.time() if now is None else now
+    status, metrics = facts["status"], facts["last_metrics"]
+    lines = [f"run         {facts['run']}  ({facts['folder']})"]
+    if status is None:
+        return "\n".join([*lines, "outcome     not started"])
+    outcome = status["outcome"]
+    if outcome == "running" and not facts["launcher_alive"]:
+        outcome = (
+            "running, says its status, but no launcher on this machine holds it: it died, or was started otherwise"
+        )
+    reason = f": {status['reason']}" if status["reason"] else ""
+    lines.append(f"outcome     {outcome}{reason}  ({_age(now - status['time'])} ago)")
+    step = max(status["step"], metrics.get("step", -1))
+    lines.append(f"step        {step if step >= 0 else '-'} of {facts['total_steps'] or '?'}")
+    shown = [f"{name} {metrics[name]:.5g}" for name in _SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]
+    if shown:
+        lines.append(f"metrics     {', '.join(shown)}  (step {metrics['step']}, {_age(now - metrics['time'])} ago)")
+    if facts["checkpoints"]:
+        lines.append(f"checkpoint  {facts['checkpoints'][-1]}  ({len(facts['checkpoints'])} kept)")
+    for rank, rank_status in facts["failed_ranks"].items():
+        lines.append(f"rank {rank:<6} failed at step {rank_status['step']}: {rank_status['reason']}")
+    for number, verdict in facts["attempts"].items():
+        lines.append(
+            f"attempt {number:<3} {verdict['outcome']} at step {verdict['step']} "
+            f"after {_age(verdict['seconds'])}: {verdict['reason']}"
+        )
+    return "\n".join(lines)
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    """The log of a rank: its own file, or what torchrun caught of it where the rank died before it had one.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    own = folder / "logs" / f"rank-{rank:05d}.log"
+    if own.is_file():
+        return own
+    caught = sorted(folder.glob(f"attempts/*/torchrun/*/attempt_*/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime)
+    if caught:
+        return caught[-1]
+    known = sorted(path.name for path in (folder / "logs").glob("rank-*.log"))
+    raise ConfigError(f"{folder} has no log of rank {rank}; there are: {', '.join(known) or 'none'}")
+
+
+def tail(path: Path, lines: int, follow: bool, poll_s: float = 0.3) -> Iterator[str]:
+    """The last `lines` lines of a file, then, with `follow`, whatever is appended, for ever."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        yield "".join(file.readlines()[-lines:] if lines else [])
+        while follow:
+            text = file.read()
+            if text:
+                yield text
+            else:
+                time.sleep(poll_s)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _total_steps(folder: Path) -> int | None:
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]["max_steps"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,224 @@
+"""The life of a job on this machine: start it, pass on a stop, judge by status files, start again if that may help."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from trichord.core.errors import ConfigError, TrichordError
+from trichord.core.status import Status, clear_rank_statuses, read_status, write_atomically, write_status
+from trichord_launch.command import Command
+from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
+from trichord_launch.verdict import Verdict, judge, last_metrics_step, why_not_restart
+
+LOCK_FILE = ".launch.lock"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+CommandOf = Callable[[int, bool], Command]
+"""(attempt number, whether it is a restart) -> what to start."""
+
+
+def supervise(
+    folder: Path,
+    command_of: CommandOf,
+    *,
+    max_restarts: int = 0,
+    restart_pause_s: float = 2.0,
+    leftover_grace_s: float = 5.0,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Verdict:
+    """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the ranks to save and stop; a second Ctrl-C kills them.
+
+    Raises:
+        ConfigError: another launcher holds the run, or the folder cannot be written.
+    """
+    failures: list[Verdict] = []
+    with run_lock(folder), _Signals() as signals:
+        while True:
+            attempt = next_attempt(folder)
+            command = command_of(attempt, bool(failures))
+            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, say)
+            if verdict.outcome != "failed":
+                return verdict
+            say(f"attempt {attempt} failed at step {verdict.step}: {verdict.reason}")
+            why = why_not_restart(verdict, failures, max_restarts, bool(signals.received))
+            if why is not None:
+                say(f"not started again: {why}")
+                return verdict
+            failures.append(verdict)
+            say(f"starting again from the last checkpoint ({len(failures)} of {max_restarts})")
+            if signals.pause(restart_pause_s):
+                return verdict
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder against other launchers; the system lets go of it when this process ends, however it ends.
+
+    Raises:
+        ConfigError: another launcher on this machine holds it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise ConfigError(f"run folder {folder} cannot be written ({error.strerror}); set run.root") from error
+    with file:
+        if not _lock(file, tries=10):
+            file.seek(0)
+            raise ConfigError(
+                f"run folder {folder} is in use by another launcher ({file.read().strip() or 'unknown'}); "
+                "stop that one, or give this run another run.name"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a launcher on this machine holds the run."""
+    try:
+        with open(folder / LOCK_FILE, "r+", encoding="utf-8") as file:
+            return not _lock(file, tries=1)
+    except OSError:
+        return False
+
+
+def next_attempt(folder: Path) -> int:
+    """The number of the next start: one more than the largest under `attempts/`, from 1."""
+    attempts = folder / "attempts"
+    taken = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()] if attempts.is_dir() else []
+    return max(taken, default=0) + 1
+
+
+def _lock(file: IO[str], tries: int) -> bool:
+    """Try to lock an open file; several tries, since `is_held` locks it for an instant."""
+    for _ in range(tries):
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _run_attempt(
+    folder: Path,
+    attempt: int,
+    command: Command,
+    signals: _Signals,
+    leftover_grace_s: float,
+    say: Callable[[str], None],
+) -> Verdict:
+    """One start, from its record to its verdict."""
+    launch_id = secrets.token_hex(8)
+    record = folder / "attempts" / str(attempt)
+    _begin(folder, record, attempt, command)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.environment, LAUNCH_ID: launch_id},
+        start_new_session=True,  # a Ctrl-C on the terminal reaches this process only, which passes it on once
+        preexec_fn=die_with_launcher(),
+    )
+    try:
+        returncode = _wait(process, signals, say)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        leftovers = end_leftovers(launch_id, 0.0 if signals.kill else leftover_grace_s)
+    if leftovers:
+        say(f"ended {len(leftovers)} processes that the job had left running")
+    verdict = judge(folder, signals.received[0] if signals.received else None)
+    _end(folder, record, attempt, verdict, returncode, time.monotonic() - started)
+    return verdict
+
+
+def _wait(process: subprocess.Popen, signals: _Signals, say: Callable[[str], None]) -> int:
+    """Wait for torchrun; pass the first signal on as save-and-stop, and kill on a second Ctrl-C."""
+    asked = False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=0.1)
+        if signals.received and not asked:
+            asked = True
+            ranks = ask_to_stop(process.pid)
+            name = signal.Signals(signals.received[0]).name
+            say(f"{name}: asked {ranks} ranks to save and stop" if ranks else f"{name}: stopping before training began")
+        if signals.kill:
+            say("Ctrl-C again: killing the job")
+            process.kill()
+            return process.wait()
+
+
+def _begin(folder: Path, record: Path, attempt: int, command: Command) -> None:
+    """Write down what is started, and set the status so that anything else it says later comes from this attempt."""
+    facts = {
+        "attempt": attempt,
+        "argv": command.argv,
+        "environment": dict(command.environment),
+        "cwd": os.getcwd(),
+        "host": socket.gethostname(),
+        "time": time.time(),
+    }
+    write_atomically(record / "command.json", json.dumps(facts, indent=2) + "\n")
+    clear_rank_statuses(folder)
+    with contextlib.suppress(TrichordError):  # a status file somebody broke is replaced
+        before = read_status(folder)
+        step = max(before.step if before else -1, last_metrics_step(folder))
+        write_status(folder, Status("running", 0, step, "starting", attempt))
+        return
+    write_status(folder, Status("running", 0, last_metrics_step(folder), "starting", attempt))
+
+
+def _end(folder: Path, record: Path, attempt: int, verdict: Verdict, returncode: int, seconds: float) -> None:
+    """Keep the verdict with the attempt, and in `status.json` where the ranks could not write one."""
+    facts = {**asdict(verdict), "torchrun_exit_code": returncode, "seconds": round(seconds, 3), "time": time.time()}
+    write_atomically(record / "verdict.json", json.dumps(facts, indent=2) + "\n")
+    if verdict.outcome == "failed":
+        write_status(folder, Status("failed", verdict.exit_code, verdict.step, verdict.reason, attempt))
+
+
+class _Signals:
+    """Collects stop signals while it is entered. received: their numbers in order."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs: it is not for us
+                self._before[number] = signal.signal(number, lambda received, _frame: self.received.append(received))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def kill(self) -> bool:
+        """Ctrl-C was pressed twice: nobody wants to wait for a checkpoint."""
+        return self.received.count(signal.SIGINT) > 1
+
+    def pause(self, seconds: float) -> bool:
+        """Sleep, but not past a signal; True if one came."""
+        deadline = time.monotonic() + seconds
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return bool(self.received)

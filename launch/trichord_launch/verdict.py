@@ -1,0 +1,99 @@
+"""What became of an attempt, and whether to start another: decided by the status files alone.
+
+torchrun's own exit code says nothing: it is 1 whatever a rank died of, and 1 after a clean stop by a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trichord.core.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_UNEXPECTED, TrichordError
+from trichord.core.status import Status, read_rank_statuses, read_status
+
+NEVER_RESTARTED = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT)
+_TAIL_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of an attempt. step: the last one known to be done, -1 if none; ranks: what failing ranks said."""
+
+    outcome: Literal["finished", "stopped", "failed"]
+    exit_code: int
+    step: int
+    reason: str
+    ranks: Mapping[int, Status] = field(default_factory=dict)
+
+
+def judge(folder: Path, signal_number: int | None = None) -> Verdict:
+    """The verdict on the attempt that has just ended in run folder `folder`.
+
+    signal_number: the signal the launcher was asked to stop with, if any.
+
+    The launcher has cleared the rank statuses and set `status.json` to running before the start, so whatever else it
+    says comes from this attempt: finished and stopped are written by rank 0 when all ranks have agreed and the
+    checkpoint is complete. A rank that knows what went wrong (config, data, checkpoint) is believed before one that
+    only saw its peers go.
+    """
+    try:
+        status, ranks = read_status(folder), read_rank_statuses(folder)
+    except TrichordError as error:
+        return Verdict("failed", EXIT_UNEXPECTED, last_metrics_step(folder), str(error))
+    if status is not None and status.outcome in ("finished", "stopped"):
+        return Verdict(status.outcome, status.exit_code, status.step, status.reason, ranks)
+    said = [(f"rank {rank}: {s.reason}", s) for rank, s in ranks.items() if s.outcome == "failed"]
+    if status is not None and status.outcome == "failed":
+        said.insert(0, (status.reason, status))
+    steps = [s.step for _, s in said] + ([status.step] if status is not None else [])
+    step = max([*steps, last_metrics_step(folder)])
+    if said:
+        reason, cause = next((s for s in said if s[1].exit_code in NEVER_RESTARTED), said[0])
+        return Verdict("failed", cause.exit_code or EXIT_UNEXPECTED, step, reason, ranks)
+    if signal_number is not None:
+        return Verdict("failed", 128 + signal_number, step, "interrupted before a checkpoint could be saved", ranks)
+    return Verdict("failed", EXIT_UNEXPECTED, step, "the ranks died without a word", ranks)
+
+
+def why_not_restart(verdict: Verdict, earlier: Sequence[Verdict], max_restarts: int, interrupted: bool) -> str | None:
+    """The reason a failed attempt is the last, or None if the run is to be started again from its last checkpoint.
+
+    earlier: verdicts on the failed attempts of this launch so far.
+    """
+    if interrupted:
+        return "it was asked to stop"
+    if verdict.exit_code in NEVER_RESTARTED:
+        return f"exit code {verdict.exit_code} would come again"
+    if any(before.step == verdict.step for before in earlier):
+        return f"it failed twice at step {verdict.step}"
+    if len(earlier) >= max_restarts:
+        return f"the budget of {max_restarts} restarts is used up" if max_restarts else "no restarts were asked for"
+    return None
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last whole line of `metrics.jsonl`; empty if there is none."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _TAIL_BYTES))
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return {}
+
+
+def last_metrics_step(folder: Path) -> int:
+    """The last step in `metrics.jsonl`, -1 if there is none: how far a run came that could not say so itself."""
+    return last_metrics(folder).get("step", -1)

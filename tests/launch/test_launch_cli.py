@@ -1,0 +1,194 @@
+"""The launcher's verbs: quick, without torch, and every mistake in one message."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from trichord.core.errors import CheckpointError, ConfigError
+from trichord.core.status import Status, write_rank_status, write_status
+from trichord_launch.cli import app
+from trichord_launch.follow import find_run, log_file, render_status, run_status, tail
+
+CONFIG = """\
+run: {name: digits, root: ROOT, max_steps: 40}
+shards: {sources: [{name: photos, shards: data/photos.tar}]}
+batches: {tokenizer: data/tokenizer, rows_per_step: 4}
+fusion: {kind: none}
+encoders: {vision: {}, text: {}}
+objectives: {contrastive: {pairs: [image-text]}}
+checkpoints: {commit_timeout_s: 40}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "digits.yaml"
+    path.write_text(CONFIG.replace("ROOT", str(tmp_path / "runs")))
+    return str(path)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def test_help_is_quick_and_without_torch():
+    code = (
+        "import sys, trichord_launch.cli as cli\n"
+        "sys.argv = ['trichord-launch', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'trichord.config.run'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert result.returncode == 0, result.stderr
+        assert "local" in result.stdout
+    assert min(seconds) < 0.3
+
+
+def test_everything_the_launcher_does_runs_without_torch(config):
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numpy', 'deepspeed', 'transformers'): sys.modules[name] = None\n"
+        "import trichord_launch.follow\n"
+        "from trichord_launch.local import show_local\n"
+        f"print(show_local({config!r}, procs=1))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "trichord_launch.torchrun" in result.stdout
+
+
+def test_a_dry_run_shows_the_command_and_writes_nothing(config, tmp_path, cpu):
+    result = invoke("local", config, "--procs", 2, "engine.lr=1e-3", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "--nproc-per-node 2" in result.stdout
+    assert f"train {config} engine.lr=1e-3" in result.stdout
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100" in result.stdout, "commit_timeout_s and a margin"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["nowhere.yaml"], ConfigError, "nowhere.yaml"),
+        (["CONFIG", "engine.lrr=1"], ConfigError, "lrr"),
+        (["CONFIG", "--procs", "0"], ConfigError, "--procs must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(config, tmp_path, cpu, arguments, error, message):
+    result = invoke("local", *[config if argument == "CONFIG" else argument for argument in arguments])
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_model_is_refused_before_anything_starts(config, tmp_path, cpu):
+    from trichord.config.load import load_run_config, resolved_yaml
+
+    folder = tmp_path / "runs" / "digits"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(resolved_yaml(load_run_config(config, ["run.seed=7"])))
+    result = invoke("local", config)
+    assert isinstance(result.exception, CheckpointError)
+    assert "run.seed" in str(result.exception)
+    assert not (folder / "attempts").exists()
+
+
+def test_the_console_script_ends_in_one_message_and_the_code():
+    command = [sys.executable, "-m", "trichord_launch.cli", "local", "nowhere.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nowhere.yaml")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "digits"
+    for name in ("logs", "attempts/1", "attempts/2", "checkpoints/step-000020", "checkpoints/step-000030"):
+        (folder / name).mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {max_steps: 40}\n")
+    (folder / "checkpoints/step-000020/manifest.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 25, "time": 100.0, "train/loss": 1.25}\n')
+    verdict = {"outcome": "failed", "exit_code": 1, "step": 25, "reason": "rank 1: out of memory", "seconds": 61.0}
+    (folder / "attempts/1/verdict.json").write_text(json.dumps(verdict))
+    write_status(folder, Status("running", 0, 20, attempt=2, time=100.0))
+    write_rank_status(folder, 1, Status("failed", 1, 25, "out of memory"))
+    (folder / "logs/rank-00000.log").write_text("".join(f"line {i}\n" for i in range(100)))
+    return folder
+
+
+def test_status_tells_what_the_files_say(run_folder):
+    text = render_status(run_status(run_folder), now=220.0)
+    for part in (
+        "running, says its status, but no launcher",
+        "(2.0 min ago)",
+        "25 of 40",
+        "train/loss 1.25",
+        "step-000020  (1 kept)",
+        "rank 1      failed at step 25: out of memory",
+        "attempt 1   failed at step 25 after 1.0 min: rank 1: out of memory",
+    ):
+        assert part in text, text
+    assert invoke("status", "digits").exit_code == 0
+    facts = json.loads(invoke("status", run_folder, "--json").stdout)
+    assert (facts["status"]["step"], facts["launcher_alive"], list(facts["attempts"])) == (20, False, ["1"])
+
+
+def test_status_of_a_held_run_is_plain(run_folder):
+    from trichord_launch.supervise import run_lock
+
+    with run_lock(run_folder):
+        assert "outcome     running  (" in render_status(run_status(run_folder), now=110.0)
+
+
+def test_status_of_an_empty_folder(tmp_path):
+    assert "not started" in render_status(run_status(tmp_path))
+
+
+def test_an_unknown_run_names_the_nearest(run_folder):
+    with pytest.raises(ConfigError, match="nearest: digits"):
+        find_run("digit")
+    with pytest.raises(ConfigError, match="holds no runs"):
+        find_run("digit", root=run_folder / "nothing")
+
+
+def test_logs_print_the_end_of_a_ranks_file(run_folder):
+    result = invoke("logs", "digits", "-n", 2)
+    assert result.stdout == "line 98\nline 99\n"
+    with pytest.raises(ConfigError, match=r"no log of rank 5; there are: rank-00000\.log"):
+        log_file(run_folder, 5)
+
+
+def test_a_rank_that_never_opened_its_log_has_what_torchrun_caught(run_folder):
+    for attempt in (1, 2):
+        caught = run_folder / f"attempts/{attempt}/torchrun/digits_x/attempt_0/1/stderr.log"
+        caught.parent.mkdir(parents=True)
+        caught.write_text("ImportError\n")
+        os.utime(caught, (attempt, attempt))
+    assert "attempts/2" in str(log_file(run_folder, 1))
+
+
+def test_following_a_log_yields_what_is_appended(run_folder):
+    path = run_folder / "logs/rank-00000.log"
+    lines = tail(path, 1, follow=True, poll_s=0.01)
+    assert next(lines) == "line 99\n"
+    with open(path, "a") as file:
+        file.write("line 100\n")
+    assert next(lines) == "line 100\n"
