@@ -18,6 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from trichord.core.errors import ConfigError
 from trichord.encoders.config import AudioEncoderConfig
 from trichord.encoders.padding import key_mask, length_mask
+from trichord.layers.recompute import recompute_layers
 
 
 def whisper_config(config: AudioEncoderConfig) -> WhisperConfig:
@@ -75,4 +76,4 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute layers in the backward pass (non-reentrant)."""
-        self.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(self)

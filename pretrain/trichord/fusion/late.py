@@ -25,10 +25,25 @@ class EmbeddingHead(nn.Module):
         return F.normalize(projected.float(), dim=-1, eps=1e-6)
 
 
+class _CapWithReturn(torch.autograd.Function):
+    """min(x, cap), whose gradient above the cap is kept where it lowers x (where it is positive)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cap: float) -> Tensor:
+        ctx.save_for_backward(x > cap)
+        return x.clamp(max=cap)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (above,) = ctx.saved_tensors
+        return torch.where(above, gradient.clamp(min=0.0), gradient), None
+
+
 class LogitScale(nn.Module):
     """scale = exp(min(s, log max)), s learned; bias learned for kind `sigmoid`, else 0. Both of shape (1,).
 
-    DeepSpeed cannot broadcast 0-dimensional parameters.
+    Above the cap only gradients that lower s pass: a plain clamp would have none at all and never come back.
+    (Shape (1,), as DeepSpeed cannot broadcast 0-dimensional parameters.)
     """
 
     def __init__(self, config: ContrastiveConfig):
@@ -39,7 +54,6 @@ class LogitScale(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """-> scale (1,) fp32, bias (1,) fp32."""
-        log_scale = self.log_scale.float()
-        capped = log_scale.clamp(max=self.max_log_scale)
+        capped = _CapWithReturn.apply(self.log_scale.float(), self.max_log_scale)
         bias = torch.zeros_like(capped) if self.bias is None else self.bias.float()
         return capped.exp(), bias

@@ -1,8 +1,9 @@
 """`Trichord`: towers, connectors and trunk as one module that knows only `PackedBatch`.
 
-The modality rule: every forward calls every parametrised module once, in one order, whatever the batch holds, and
-every output reaches `ModelOutput.placeholder`, times zero. So every rank runs the same collectives in the forward
-and in the backward pass, and every trainable parameter has a gradient, zero where its modality is absent.
+The modality rule: every forward calls every parametrised module once, in one order, whatever the batch holds, and the
+output of every head, connector and scale reaches `ModelOutput.placeholder`, times zero. So every rank runs the same
+collectives in the forward and in the backward pass, and every trainable parameter has a gradient, zero where its
+modality is absent.
 
 Shapes: T packed tokens, S segments, I images, A clips, P patches, D hidden, E embed_dim.
 """
@@ -28,6 +29,7 @@ from trichord.fusion.late import EmbeddingHead, LogitScale
 from trichord.fusion.splice import rows_in_stream, select_rows, splice
 from trichord.fusion.trunk import build_trunk, padded_vocab_size, run_packed
 from trichord.layers.config import LayersConfig
+from trichord.layers.recompute import recompute_layers
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
 
@@ -121,8 +123,8 @@ class Trichord(nn.Module):
     def forward(self, batch: PackedBatch, towers_only: bool = False) -> ModelOutput:
         """One micro-batch. `towers_only`: towers, heads and scale, not connectors and trunk."""
         anchors = _Anchors(batch.input_ids.device)
-        image = self._run_vision(batch, anchors)
-        audio = self._run_audio(batch, anchors)
+        image = self._run_vision(batch)
+        audio = self._run_audio(batch)
         embeds = {"image": self._embed(image, "image", anchors), "audio": self._embed(audio, "audio", anchors)}
         embeds["text"] = self._embed_text(batch, anchors)
         scale = bias = None
@@ -138,18 +140,17 @@ class Trichord(nn.Module):
     def logits(self, batch: PackedBatch) -> Tensor:
         """Next-token logits (T, V) of the whole stream, for evaluation and tests."""
         anchors = _Anchors(batch.input_ids.device)
-        hidden = self._stream(batch, self._run_vision(batch, anchors), self._run_audio(batch, anchors), anchors)
+        hidden = self._stream(batch, self._run_vision(batch), self._run_audio(batch), anchors)
         return self.trunk.lm_head(hidden)
 
-    def _run_vision(self, batch: PackedBatch, anchors: _Anchors) -> _Features | None:
+    def _run_vision(self, batch: PackedBatch) -> _Features | None:
         if self.vision is None:
             return None
         pixels = batch.pixels if batch.num_images else self.vision.placeholder(batch.input_ids.device)
         tokens = self.vision(pixels)
-        anchors.add(tokens)
         return _Features(tokens, [self.vision.tokens_per_image] * pixels.shape[0], batch.num_images)
 
-    def _run_audio(self, batch: PackedBatch, anchors: _Anchors) -> _Features | None:
+    def _run_audio(self, batch: PackedBatch) -> _Features | None:
         if self.audio is None:
             return None
         if batch.num_audios:
@@ -157,7 +158,6 @@ class Trichord(nn.Module):
         else:
             waveforms, offsets = self.audio.placeholder(batch.input_ids.device)
         tokens = self.audio(waveforms, offsets)
-        anchors.add(tokens)
         return _Features(tokens, self.audio.count_tokens(offsets), batch.num_audios)
 
     def _embed(self, features: _Features | None, modality: str, anchors: _Anchors) -> Tensor | None:
@@ -211,7 +211,7 @@ class Trichord(nn.Module):
             if tower is not None:
                 tower.enable_activation_checkpointing()
         if self.trunk is not None:
-            self.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(self.trunk)
 
 
 def build_model(
@@ -230,10 +230,7 @@ def build_model(
     Raises:
         ConfigError: unknown model names, options or weights that do not fit.
     """
-    if encoders.text is not None and objectives.contrastive is None:
-        raise ConfigError(
-            "encoders.text is only used by objectives.contrastive; set that, or set encoders.text to null"
-        )
+    _refuse_unused(encoders, fusion, objectives)
     model = Trichord(
         VisionTower(encoders.vision, samples.image) if encoders.vision else None,
         AudioTower(encoders.audio, samples.audio) if encoders.audio else None,
@@ -248,3 +245,11 @@ def build_model(
         if leaf is not None and leaf.freeze:
             getattr(model, room).requires_grad_(False)
     return model
+
+
+def _refuse_unused(encoders: EncodersConfig, fusion: FusionConfig, objectives: ObjectivesConfig) -> None:
+    """A part no objective reads would be carried along untrained, and is most likely a mistake."""
+    if encoders.text is not None and objectives.contrastive is None:
+        raise ConfigError("encoders.text is only used by objectives.contrastive: set that, or encoders.text to null")
+    if fusion.trunk is not None and objectives.next_token is None:
+        raise ConfigError("fusion.trunk is only used by objectives.next_token: set that, or fusion.kind to none")
