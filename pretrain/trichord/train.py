@@ -26,15 +26,13 @@ from trichord.core.log import configure_logging, get_logger
 from trichord.core.schedule import lr_multiplier
 from trichord.core.seed import derive_seed
 from trichord.core.status import Status, clear_rank_statuses, write_rank_status, write_status
-from trichord.encoders.lengths import audio_tokens, image_grid
 from trichord.engine.build import apply_timeout, build_engine, set_lr, start_process_group
 from trichord.engine.features import SlotLayout
 from trichord.engine.step import Stepper, StepResult
 from trichord.engine.together import decide_on_rank_0, gather_lists
 from trichord.engine.watch import PeerWatch, StopFlag
-from trichord.fusion.model import build_model
 from trichord.objectives.combine import total_loss
-from trichord.release.import_ import load_initial_weights
+from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths
 from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_bad_fraction
 from trichord.tracking.recorder import Recorder, Window
 
@@ -76,16 +74,10 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
     # Layers, encoders, fusion.
     torch.manual_seed(derive_seed(config.run.seed, "weights"))  # equal on all ranks, whatever the world size
-    model = build_model(
-        config.encoders,
-        config.fusion,
-        config.objectives,
-        config.samples,
-        config.layers,
-        loader.tokenizer.vocab_size,
-        loader.tokenizer.special_ids,
-    )
+    model = build_from_config(config, loader.tokenizer)
     if resumed is None and config.run.init_from is not None:
+        from trichord.release.import_ import load_initial_weights
+
         load_initial_weights(model, config.run.init_from)
 
     # Objectives, engine, checkpoints.
@@ -109,6 +101,8 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recording = Recording(config, recorder, device, folder.path)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
+    if facts.rank == 0:
+        loader.tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
     stopping = progress.step >= total_steps
     steps = iter(loader)
     while not stopping:
@@ -144,8 +138,8 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
 def open_run(config: RunConfig) -> tuple[RunFolder, LoadedState | None, str]:
     """On rank 0: the run folder, the checkpoint to go on from, and a name of this attempt that no other has."""
-    require_writable(run_path(config) / "checkpoints")
     folder = prepare_run_folder(config)
+    require_writable(folder.path / "checkpoints")
     clear_rank_statuses(folder.path)
     start = None
     if folder.kind == "branch":
@@ -156,16 +150,6 @@ def open_run(config: RunConfig) -> tuple[RunFolder, LoadedState | None, str]:
         latest = find_latest(folder.path / "checkpoints")
         start = read_facts(latest) if latest is not None else None
     return folder, start, f"{folder.attempt}-{secrets.token_hex(4)}"
-
-
-def item_lengths(config: RunConfig) -> ItemLengths:
-    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders."""
-    vision, audio = config.encoders.vision, config.encoders.audio
-    grid = image_grid(vision, config.samples.image.size) if vision is not None else None
-    return ItemLengths(
-        image=(lambda width, height: grid) if grid is not None else None,
-        audio=(lambda num_samples: audio_tokens(audio, num_samples)) if audio is not None else None,
-    )
 
 
 def build_loader(

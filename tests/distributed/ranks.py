@@ -23,38 +23,54 @@ class RankError(AssertionError):
         self.failures = failures
 
 
+class Ranks:
+    """Ranks that are running: `pids` in rank order, for signals; `wait` for their results."""
+
+    def __init__(self, world_size: int, target: Callable[..., Any], *args: Any):
+        self.world_size = world_size
+        self._queue = _CONTEXT.SimpleQueue()
+        port = _free_port()
+        self._processes = [
+            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, port, self._queue, target, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def wait(self, timeout_s: float = 120.0) -> tuple[dict[int, Any], dict[int, str]]:
+        """(results, failures) by rank; whoever has not ended by then is killed and counts as "timeout"."""
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) + len(failures) < self.world_size and time.monotonic() < deadline:
+            ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
+            while not self._queue.empty():
+                rank, ok, value = self._queue.get()
+                (results if ok else failures)[rank] = value
+            for rank in set(ended) - set(results) - set(failures):
+                failures[rank] = f"exit {self._processes[rank].exitcode}"
+            time.sleep(0.02)
+        for rank, process in enumerate(self._processes):
+            if rank not in results and rank not in failures:
+                failures[rank] = "timeout"
+            process.join(timeout=5 if rank in results else 0.1)
+            if process.is_alive():
+                process.kill()  # a process this object started
+                process.join()
+        return results, failures
+
+
 def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """`target(*args)` on every rank, with torchrun's environment; returns the results in rank order.
 
     Raises:
         RankError: at least one rank did not return.
     """
-    queue = _CONTEXT.SimpleQueue()
-    port = _free_port()
-    ranks = [
-        _CONTEXT.Process(target=_rank_main, args=(rank, world_size, port, queue, target, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    deadline = time.monotonic() + timeout_s
-    while len(results) + len(failures) < world_size and time.monotonic() < deadline:
-        while not queue.empty():
-            rank, ok, value = queue.get()
-            (results if ok else failures)[rank] = value
-        for rank, process in enumerate(ranks):
-            if not process.is_alive() and rank not in results and rank not in failures and queue.empty():
-                failures[rank] = f"exit {process.exitcode}"
-        time.sleep(0.02)
-    for rank, process in enumerate(ranks):
-        if rank not in results and rank not in failures:
-            failures[rank] = "timeout"
-        process.join(timeout=5 if rank in results else 0.1)
-        if process.is_alive():
-            process.kill()  # a process this function started
-            process.join()
+    results, failures = Ranks(world_size, target, *args).wait(timeout_s)
     if failures:
         raise RankError(failures)
     return [results[rank] for rank in range(world_size)]

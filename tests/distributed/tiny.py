@@ -62,7 +62,8 @@ SAMPLES = SamplesConfig.model_validate({"image": {"size": IMAGE_SIZE}})
 
 def build_tiny(objectives: ObjectivesConfig = OBJECTIVES) -> Trichord:
     torch.manual_seed(0)
-    return build_model(ENCODERS, FUSION, objectives, SAMPLES, LayersConfig(), VOCAB, SPECIAL)
+    encoders = ENCODERS if objectives.contrastive else ENCODERS.model_copy(update={"text": None})
+    return build_model(encoders, FUSION, objectives, SAMPLES, LayersConfig(), VOCAB, SPECIAL)
 
 
 def make_row(row: int, step: int) -> RowArrays:

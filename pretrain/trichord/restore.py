@@ -1,0 +1,110 @@
+"""A trained model back from a checkpoint: for evaluation, export and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
+from trichord.batches.windows import ItemLengths
+from trichord.checkpoints.load import check_shapes, load_weights, read_facts, resolve_checkpoint
+from trichord.config.run import RunConfig
+from trichord.core.errors import CheckpointError
+from trichord.encoders.lengths import audio_tokens, image_grid
+from trichord.fusion.model import Trichord, build_model
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model with its weights (fp32, CPU, eval mode), the config it was trained with, its tokenizer, and its step."""
+
+    model: Trichord
+    config: RunConfig
+    tokenizer: TextTokenizer
+    tokenizer_folder: str
+    step: int
+    folder: Path
+
+
+def restore(path: Path) -> Restored:
+    """Load the model of a checkpoint folder, or of a run folder's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or this version cannot build its model.
+    """
+    folder = resolve_checkpoint(path)
+    facts = read_facts(folder)
+    config = stored_config(folder, facts.train_state["config"])
+    tokenizer_folder = _tokenizer_of(folder, config)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    model = build_from_config(config, tokenizer, random_weights=False)
+    weights = load_weights(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_shapes(folder, {name: tuple(weight.shape) for name, weight in weights.items()}, shapes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return Restored(model.eval(), config, tokenizer, tokenizer_folder, facts.step, folder)
+
+
+def stored_config(folder: Path, fields: dict) -> RunConfig:
+    """The run config inside a checkpoint."""
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{folder}: the config stored in it does not fit this version of trichord ({where}: {first['msg']}); "
+            "use the version that wrote it"
+        ) from error
+
+
+def build_from_config(config: RunConfig, tokenizer: TextTokenizer, random_weights: bool = True) -> Trichord:
+    """The model of a run config. `random_weights=False`: every weight will be overwritten, so none is read from disk."""
+    encoders, fusion = config.encoders, config.fusion
+    if not random_weights:
+        encoders, fusion = _without_weights(config)
+    return build_model(
+        encoders,
+        fusion,
+        config.objectives,
+        config.samples,
+        config.layers,
+        tokenizer.vocab_size,
+        tokenizer.special_ids,
+    )
+
+
+def _without_weights(config: RunConfig):
+    """The same towers and trunk, not started from anyone's weights.
+
+    A trunk from a released checkpoint keeps its path: its shape is only written there.
+    """
+    encoders = config.encoders
+    for room in ("vision", "audio"):
+        leaf = getattr(encoders, room)
+        if leaf is not None and room == "vision":
+            encoders = encoders.model_copy(update={room: leaf.model_copy(update={"weights": None})})
+    return encoders, config.fusion
+
+
+def item_lengths(config: RunConfig) -> ItemLengths:
+    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders."""
+    vision, audio = config.encoders.vision, config.encoders.audio
+    grid = image_grid(vision, config.samples.image.size) if vision is not None else None
+    return ItemLengths(
+        image=(lambda width, height: grid) if grid is not None else None,
+        audio=(lambda num_samples: audio_tokens(audio, num_samples)) if audio is not None else None,
+    )
+
+
+def _tokenizer_of(folder: Path, config: RunConfig) -> str:
+    """The copy in the run folder (`runs/NAME/checkpoints/step-N` -> `runs/NAME/tokenizer`), else the config's own."""
+    beside = folder.resolve().parents[1] / TOKENIZER_FOLDER
+    return str(beside) if (beside / "tokenizer.json").exists() else config.batches.tokenizer

@@ -1,0 +1,176 @@
+"""One checkpoint format for every ZeRO stage and world size, and a commit that a dying rank cannot fake."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch.distributed as dist
+from ranks import RankError, run_ranks
+
+from trichord.batches.loader_state import LaneCursor, LoaderState
+from trichord.checkpoints import save
+from trichord.checkpoints.config import CheckpointsConfig
+from trichord.checkpoints.load import find_latest, incomplete_reason, load_into
+from trichord.checkpoints.save import CheckpointSaver
+from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_fill
+from trichord.engine.config import EngineConfig
+from trichord.shards.lanes import LanePlanner
+
+pytestmark = pytest.mark.distributed
+
+FIRST_STEPS = 4
+
+
+def engine_config(stage: int) -> EngineConfig:
+    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    return EngineConfig(
+        zero_stage=stage, precision="fp32", lr=5e-3, timeout_s=60.0, deepspeed={"zero_optimization": zero}
+    )
+
+
+def loader_state(step: int) -> LoaderState:
+    """The state of this rank's lanes, as a loader would hand it out."""
+    planner = LanePlanner(0, [[100]], [1.0], [None], tiny.ROWS, 8)
+    lanes = range(dist.get_rank(), tiny.ROWS, dist.get_world_size())
+    cursors = {lane: LaneCursor(planner.first_state(lane)) for lane in lanes}
+    return LoaderState(step, cursors, {"rows_per_step": tiny.ROWS})
+
+
+def live_state(engine) -> dict:
+    """Everything this rank holds: (name, kind) -> [(start, values)]."""
+    pieces = {}
+    for piece in slices_to_fill(engine):
+        for kind, tensor in piece.tensors.items():
+            pieces.setdefault((piece.name, kind), []).append((piece.start, tensor.detach().clone().numpy()))
+    return {"pieces": pieces, "step": optimizer_step(engine), "groups": group_hyperparameters(engine)}
+
+
+def whole(by_rank: list[dict]) -> dict:
+    """(name, kind) -> whole flat array, from what all ranks hold; overlapping parts must agree."""
+    parts = {}
+    for state in by_rank:
+        for key, pieces in state["pieces"].items():
+            parts.setdefault(key, []).extend(pieces)
+    arrays = {}
+    for key, pieces in parts.items():
+        array = np.full(max(start + len(values) for start, values in pieces), np.nan, dtype=np.float32)
+        for start, values in pieces:
+            overlap = array[start : start + len(values)]
+            known = ~np.isnan(overlap)
+            assert np.array_equal(overlap[known], values[known]), key
+            array[start : start + len(values)] = values
+        arrays[key] = array
+    return arrays
+
+
+def train_and_save(folder: str, stage: int):
+    """Rank entry: some steps, a checkpoint, and three steps more to compare with."""
+    config = engine_config(stage)
+    facts, engine, stepper = tiny.make_stepper(config, 1)
+    tiny.train_steps(facts, engine, stepper, config, 1, range(FIRST_STEPS))
+    saver = CheckpointSaver(Path(folder), CheckpointsConfig(), "a")
+    saver.begin(engine, FIRST_STEPS, {"progress": {}}, loader_state(FIRST_STEPS))
+    state = live_state(engine)
+    later = tiny.train_steps(facts, engine, stepper, config, 1, range(FIRST_STEPS, FIRST_STEPS + 3))
+    assert saver.finish()
+    return state, later
+
+
+def load_and_train(folder: str, stage: int):
+    config = engine_config(stage)
+    facts, engine, stepper = tiny.make_stepper(config, 1)
+    loaded = load_into(engine, find_latest(Path(folder)))
+    assert loaded.step == FIRST_STEPS
+    assert loaded.loader.is_merged
+    state = live_state(engine)
+    return state, tiny.train_steps(facts, engine, stepper, config, 1, range(FIRST_STEPS, FIRST_STEPS + 3))
+
+
+@pytest.mark.parametrize(
+    ("writer", "readers"),
+    [
+        ((2, 2), [(3, 3), (1, 0), (2, 2)]),
+        pytest.param((3, 3), [(2, 1), (1, 3)], marks=pytest.mark.slow),
+        pytest.param((2, 0), [(1, 2), (2, 3)], marks=pytest.mark.slow),
+    ],
+)
+def test_any_split_loads_what_any_other_wrote(tmp_path, writer, readers):
+    """(world size, stage): weights, both moments, step and hyperparameters equal bit for bit; training goes on alike."""
+    world_size, stage = writer
+    results = run_ranks(world_size, train_and_save, str(tmp_path), stage)
+    written = whole([state for state, _ in results])
+    assert {kind for _, kind in written} == {"param", "exp_avg", "exp_avg_sq"}
+    later = results[0][1]
+    for world_size, stage in readers:
+        loaded = run_ranks(world_size, load_and_train, str(tmp_path), stage)
+        read = whole([state for state, _ in loaded])
+        assert read.keys() == written.keys()
+        for key, array in written.items():
+            assert np.array_equal(read[key], array), (key, world_size, stage)
+        for state, history in loaded:
+            assert state["step"] == FIRST_STEPS
+            assert state["groups"] == results[0][0]["groups"]
+            for ours, theirs in zip(history, later, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def save_twice(folder: str, victim: int, how: str):
+    """The second save goes wrong on one rank, half-way through its file."""
+    config = engine_config(1)
+    facts, engine, stepper = tiny.make_stepper(config, 1)
+    tiny.train_steps(facts, engine, stepper, config, 1, range(1))
+    saver = CheckpointSaver(Path(folder), CheckpointsConfig(commit_timeout_s=4), "a")
+    saver.begin(engine, 1, {"progress": {}}, loader_state(1))
+    assert saver.finish()
+    if facts.rank == victim:
+        save.write_safetensors = lambda path, tensors: break_off(path, how)
+    saver.begin(engine, 2, {"progress": {}}, loader_state(2))
+    if how == "killed":
+        saver._running.thread.join()
+        while facts.rank == 0 and saver._running is not None:
+            saver.poll()
+        return None
+    return saver.finish()
+
+
+def break_off(path: Path, how: str):
+    path.write_bytes(b"x" * 100)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint(tmp_path, victim):
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, save_twice, str(tmp_path), victim, "killed")
+    assert caught.value.failures == {victim: "exit -9"}
+    assert find_latest(tmp_path).name == "step-000001"
+    assert (tmp_path / "latest").read_text().strip() == "step-000001"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_on_one_rank_abandons_the_save_on_all(tmp_path, victim):
+    assert run_ranks(2, save_twice, str(tmp_path), victim, "disk full") == [False, False]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000001"]
+
+
+def test_a_checkpoint_with_a_short_file_is_passed_over(tmp_path):
+    run_ranks(1, save_twice_well, str(tmp_path))
+    newest = tmp_path / "step-000002"
+    file = newest / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "the manifest says" in incomplete_reason(newest)
+    assert find_latest(tmp_path).name == "step-000001"
+
+
+def save_twice_well(folder: str):
+    config = engine_config(0)
+    _, engine, _ = tiny.make_stepper(config, 4)
+    saver = CheckpointSaver(Path(folder), CheckpointsConfig(), "a")
+    for step in (1, 2):
+        saver.begin(engine, step, {"progress": {}}, loader_state(step))
+        assert saver.finish()
