@@ -1,0 +1,144 @@
+"""Line charts and stacked areas as SVG text to be put into a page: small, without ids that clash, without links."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Okabe and Ito's colours: told apart with any colour vision, and on a white ground.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+_MAX_POINTS = 240
+_SIZE_IN = (5.2, 2.9)  # shown at 300 to 700 pixels: labels stay readable at both ends
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: label in the legend, steps (ascending) and values; nan leaves a gap."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    key: str,
+    unit: str = "",
+    marks: Sequence[float] = (),
+    log: bool = False,
+    from_zero: bool = False,
+) -> str:
+    """Curves over the step. A curve with many points is drawn as the mean of bins inside a band from least to largest.
+
+    key: unique on the page; unit: label of the vertical axis; marks: steps with a vertical line (where a run was
+    resumed); log, from_zero: the vertical scale.
+    """
+    figure, axes = _figure(unit)
+    for line, color in zip(lines, _cycle(len(lines))):
+        steps, means, lows, highs = thin(line.steps, line.values)
+        single = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
+        axes.plot(steps, means, color=color, linewidth=1.4, label=line.label, **single)
+        if len(steps) < len(line.steps):
+            axes.fill_between(steps, lows, highs, color=color, alpha=0.18, linewidth=0)
+    _mark(axes, marks, [line.steps for line in lines])
+    if log and all(value > 0 for line in lines for value in line.values if math.isfinite(value)):
+        axes.set_yscale("log")
+    elif from_zero:
+        axes.set_ylim(bottom=0)
+    return _finish(figure, axes, key, legend=len(lines) > 1)
+
+
+def stacked_chart(lines: Sequence[Line], *, key: str, unit: str = "", marks: Sequence[float] = ()) -> str:
+    """Areas on top of each other over the same steps: the parts of a whole."""
+    figure, axes = _figure(unit)
+    thinned = [thin(line.steps, line.values) for line in lines]
+    parts = [[0.0 if math.isnan(value) else value for value in means] for _, means, _, _ in thinned]
+    axes.stackplot(
+        thinned[0][0], *parts, labels=[line.label for line in lines], colors=_cycle(len(lines)), alpha=0.8, linewidth=0
+    )
+    axes.set_ylim(bottom=0)
+    _mark(axes, marks, [line.steps for line in lines])
+    return _finish(figure, axes, key, legend=True)
+
+
+def thin(
+    steps: Sequence[float], values: Sequence[float], limit: int = _MAX_POINTS
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """At most `limit` points of a curve: (mean step, mean, least, largest) of equal bins; nan where a bin has none."""
+    if len(steps) <= limit:
+        points = list(values)
+        return list(steps), points, points, points
+    columns: tuple[list[float], list[float], list[float], list[float]] = ([], [], [], [])
+    for i in range(limit):
+        at = slice(i * len(steps) // limit, (i + 1) * len(steps) // limit)
+        finite = [value for value in values[at] if math.isfinite(value)] or [math.nan]
+        row = (sum(steps[at]) / len(steps[at]), sum(finite) / len(finite), min(finite), max(finite))
+        for column, value in zip(columns, row):
+            column.append(value)
+    return columns
+
+
+def _figure(unit: str):
+    from matplotlib.figure import Figure  # half a second, and not part of the base install
+
+    figure = Figure(figsize=_SIZE_IN, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(True, color="#e3e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9aa3ad")
+    axes.tick_params(colors="#48515b", labelsize=8)
+    axes.set_xlabel("step", fontsize=8, color="#48515b")
+    axes.set_ylabel(unit, fontsize=8, color="#48515b")
+    axes.margins(x=0.01)
+    return figure, axes
+
+
+def _finish(figure, axes, key: str, *, legend: bool) -> str:
+    from matplotlib import rc_context
+
+    if legend:
+        columns = 2 if len(axes.get_legend_handles_labels()[0]) > 1 else 1
+        figure.legend(loc="outside upper left", fontsize=8, frameon=False, ncols=columns)
+    buffer = io.StringIO()
+    # Text stays text: it takes the page's font and can be searched. The salt fixes the ids, so pages can be compared.
+    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "trichord"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _embed(buffer.getvalue(), key)
+
+
+def _embed(svg: str, key: str) -> str:
+    """An SVG file as an element of an HTML page: no prologue, no namespaces (HTML knows them), own ids, fluid width."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'="[^"]*"', _rounded, svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    # Charts of one page use the same ids for different shapes.
+    prefix = re.sub(r"[^A-Za-z0-9]", "-", key)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', f"{head}>{rest}")
+    return re.sub(r'((?:xlink:)?href="|url\()#', rf"\1#{prefix}-", svg)
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point; the text of labels is no attribute and stays as it is."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", attribute[0])
+
+
+def _mark(axes, marks: Sequence[float], steps: Sequence[Sequence[float]]) -> None:
+    ends = [value for one in steps for value in one]
+    for mark in marks:
+        if ends and min(ends) <= mark <= max(ends):
+            axes.axvline(mark, color="#7a8591", linewidth=0.8, linestyle=(0, (2, 2)))
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(count)]
