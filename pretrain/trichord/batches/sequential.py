@@ -1,4 +1,4 @@
-"""One source from front to back, each sample once and unchanged: what evaluation reads."""
+"""One source from front to back, each sample once: what evaluation reads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def iter_source(
 
     Args:
         source: what to read; `epochs` and `weight` are not looked at. shards: gives the caps on members; the sources in
-            it are not read. max_samples: stop after that many; None: all.
+            it are not read. max_samples: stop after that many; None: all. augment_seed: change items as training does,
+            by this seed; None: not at all.
 
     Raises:
         DataError: the source cannot be read.

@@ -38,7 +38,6 @@ class TextTokenizer:
         tokenizer.no_truncation()  # a tokenizer.json may carry both, and then cuts or pads silently
         tokenizer.no_padding()
         tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (IMAGE, AUDIO)])
-        tokenizer.encode_special_tokens = True
         self.name = name
         self._tokenizer = tokenizer
         self.image_id = self._id_of(IMAGE)
@@ -73,7 +72,8 @@ class TextTokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if self._mark_ids.isdisjoint(ids):
             return ids
-        # A unigram model has the specials among its own pieces: break them after their first character.
+        # Break each special after its first character. (The library's `encode_special_tokens` is not enough: a unigram
+        # model has the specials among its own pieces.)
         broken = self._mark_pattern.sub(lambda match: match[0][0] + "\0" + match[0][1:], text.replace("\0", " "))
         parts = [self._tokenizer.encode(part, add_special_tokens=False).ids for part in broken.split("\0")]
         return [token for part in parts for token in part if token not in self._mark_ids]

@@ -2,11 +2,12 @@
 
 import itertools
 import logging
+import pickle
 from collections import Counter
 from contextlib import closing
 
 import pytest
-from batches_corpus import LENGTHS, SAMPLES
+from batches_corpus import LENGTHS, SAMPLES, Canary
 
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, count_steps
 from trichord.core.errors import CheckpointError, ConfigError, DataError
@@ -93,9 +94,11 @@ def test_late_ones_keep_their_slot_and_the_others_are_left_out(corpus, epochs):
     assert slots == {"late_image": EPOCHS, "late_audio": EPOCHS}
 
 
-def test_pickles_are_never_loaded(corpus, epochs):
+def test_pickles_are_never_loaded(corpus, epochs, tmp_path):
     assert epochs
     assert not corpus.canary.exists()
+    pickle.loads(pickle.dumps(Canary(str(tmp_path / "sings"))))
+    assert (tmp_path / "sings").exists(), "the canary is dead: this test proves nothing"
 
 
 def test_used_up_lanes_give_empty_rows_for_ever(corpus, epochs):

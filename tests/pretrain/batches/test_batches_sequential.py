@@ -53,6 +53,16 @@ def test_reading_twice_gives_the_same_pixels_and_waveforms(corpus):
         assert (first.batch.waveforms == second.batch.waveforms).all()
 
 
+def test_augmentation_follows_its_seed(corpus):
+    plain, one, again, two = (read(corpus, source=1, augment_seed=seed)[0].batch for seed in (None, 1, 1, 2))
+    assert (one.pixels == again.pixels).all()
+    assert (one.waveforms == again.waveforms).all()
+    for other in (plain, two):
+        assert (one.pixels != other.pixels).any()
+        assert (one.waveforms != other.waveforms).any()
+    assert (one.input_ids == plain.input_ids).all()
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_source_and_get_as_many_batches(corpus, world_size):
     alone = [sample.key for group in read(corpus, max_samples=45) for sample in group.decoded]
