@@ -10,7 +10,7 @@ import torch
 from trichord.config.load import load_suite
 from trichord.core.log import get_logger
 from trichord.evaluation.suite import Subject, run_suite
-from trichord.restore import item_lengths, restore
+from trichord.restore import item_lengths, restore, with_generate
 
 log = get_logger(__name__)
 
@@ -35,6 +35,7 @@ def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None) -> di
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         restored.model.to(device),
+        with_generate(restored),
         restored.tokenizer,
         config.shards,
         config.samples,

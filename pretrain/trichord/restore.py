@@ -14,6 +14,7 @@ from trichord.checkpoints.load import check_shapes, load_weights, read_facts, re
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError
 from trichord.encoders.lengths import audio_tokens, image_grid
+from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
 from trichord.fusion.model import Trichord, build_model
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -79,6 +80,23 @@ def build_from_config(config: RunConfig, tokenizer: TextTokenizer, random_weight
         tokenizer.vocab_size,
         tokenizer.special_ids,
     )
+
+
+def with_generate(restored: Restored) -> TrichordForConditionalGeneration | None:
+    """The same live modules as a transformers model that generates; None without a trunk."""
+    model, config = restored.model, restored.config
+    if model.trunk is None:
+        return None
+    facts = TrichordConfig.from_leaves(
+        config.encoders,
+        config.fusion,
+        config.objectives,
+        config.samples,
+        model.trunk.config,
+        restored.tokenizer.vocab_size,
+        restored.tokenizer.special_ids,
+    )
+    return wrap_model(model, facts).eval()
 
 
 def _without_weights(config: RunConfig):

@@ -22,9 +22,11 @@ ROOMS = (
     "evaluation",
     "release",
     "tracking",
-    "planning",
     "config",
+    "planning",
+    "restore",
     "train",
+    "evaluate",
     "quickstart",
     "cli",
 )

@@ -1,5 +1,6 @@
 """The modality rule is what keeps the job alive: without it, a rank that lacks images breaks or hangs every stage."""
 
+import re
 import time
 
 import pytest
@@ -19,8 +20,8 @@ TIMEOUT_S = 8.0
 def break_the_rule() -> None:
     """Towers and connectors run only where there are items, as most training code does it."""
     run_vision, run_audio = Trichord._run_vision, Trichord._run_audio
-    Trichord._run_vision = lambda self, batch, anchors: run_vision(self, batch, anchors) if batch.num_images else None
-    Trichord._run_audio = lambda self, batch, anchors: run_audio(self, batch, anchors) if batch.num_audios else None
+    Trichord._run_vision = lambda self, batch: run_vision(self, batch) if batch.num_images else None
+    Trichord._run_audio = lambda self, batch: run_audio(self, batch) if batch.num_audios else None
 
 
 def train_with_missing_modality(stage: int, rule: bool) -> list:
@@ -49,8 +50,9 @@ def test_with_the_rule_all_stages_go_on(stage):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_without_the_rule_stages_1_and_2_fail(stage):
-    with pytest.raises(RankError):
+    with pytest.raises(RankError) as caught:
         run_ranks(2, train_with_missing_modality, stage, False, timeout_s=60)
+    assert_the_collectives_failed(caught.value)
 
 
 def test_without_the_rule_stage_3_hangs_until_the_collective_times_out():
@@ -58,4 +60,11 @@ def test_without_the_rule_stage_3_hangs_until_the_collective_times_out():
     with pytest.raises(RankError) as caught:
         run_ranks(2, train_with_missing_modality, 3, False, timeout_s=90)
     assert time.monotonic() - started > TIMEOUT_S
+    assert_the_collectives_failed(caught.value)
     assert any("imed out" in text or "timeout" in text for text in caught.value.failures.values()), caught.value
+
+
+def assert_the_collectives_failed(error: RankError) -> None:
+    """Not, say, a mistake in this test's patch."""
+    for text in error.failures.values():
+        assert re.search(r"gloo|imed out|timeout|Connection|exit -6", text), text

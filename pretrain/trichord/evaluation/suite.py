@@ -12,11 +12,13 @@ from trichord.batches.config import BatchesConfig
 from trichord.batches.sequential import SequentialBatch, iter_source
 from trichord.batches.tokenizer import TextTokenizer
 from trichord.batches.windows import ItemLengths
+from trichord.core.errors import ConfigError
 from trichord.evaluation.caption import caption_source
 from trichord.evaluation.config import SuiteConfig, SuiteTask
 from trichord.evaluation.embeddings import embed_source
 from trichord.evaluation.loss import next_token_loss
 from trichord.evaluation.retrieval import majority_share, recall_at_k
+from trichord.fusion.hf import TrichordForConditionalGeneration
 from trichord.fusion.model import Trichord
 from trichord.objectives.contrastive import pair_modalities
 from trichord.samples.config import SamplesConfig
@@ -27,9 +29,10 @@ RECALL_AT = (1, 5)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a model on its device, and how the data it takes is prepared."""
+    """What is evaluated: a model on its device (and the same with `generate`), and how its data is prepared."""
 
     model: Trichord
+    generator: TrichordForConditionalGeneration | None
     tokenizer: TextTokenizer
     shards: ShardsConfig
     samples: SamplesConfig
@@ -96,9 +99,9 @@ def _retrieval(subject: Subject, sources: dict[str, SourceConfig], task: SuiteTa
 def _caption(subject: Subject, sources: dict[str, SourceConfig], task: SuiteTask) -> Iterator[Row]:
     assert task.context is not None
     batches = subject.read(sources[task.source], task)
-    pairs = caption_source(
-        subject.model, subject.tokenizer, batches, task.context, task.max_new_tokens, subject.device
-    )
+    if subject.generator is None:
+        raise ConfigError(f"the caption task on {task.source!r} needs a language model, and this model has no trunk")
+    pairs = caption_source(subject.generator, subject.tokenizer, batches, task.context, task.max_new_tokens)
     hits = [generated == wanted for generated, wanted in pairs]
     value = sum(hits) / len(hits) if hits else float("nan")
     yield f"caption/{task.context}/exact_match", value, majority_share([wanted for _, wanted in pairs]), len(hits)
