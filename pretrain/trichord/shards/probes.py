@@ -81,7 +81,8 @@ def _measure_audio(data: bytes) -> Measure:
         with soundfile.SoundFile(io.BytesIO(data)) as audio:
             frames = len(audio)
             if audio.format in _COUNTED_FORMATS or not 0 < frames < _MAX_HEADER_FRAMES:
-                frames = sum(len(block) for block in audio.blocks(_BLOCK_FRAMES, dtype="int16", always_2d=True))
+                # not audio.blocks(): it believes the header and fills up what is missing
+                frames = sum(iter(lambda: len(audio.read(_BLOCK_FRAMES, dtype="int16")), 0))
             return [frames, audio.samplerate] if frames else "audio without a single frame"
     except (soundfile.LibsndfileError, RuntimeError) as error:
         return f"broken audio: {getattr(error, 'error_string', error)}"

@@ -5,6 +5,9 @@
     v1.2 <samples>
     <ext> <offset> <size> <name> [<ext> <offset> <size> <name> ...]      one line per sample
 
+The text is that of `wds2idx`, byte for byte, on tars without PAX headers; on those with them (float mtimes, as
+`webdataset.ShardWriter` writes by default) its offsets are some blocks too high, and these are right.
+
 `.len`: JSON lines. The first says which version of the shard it describes and what the columns are; then one array per
 sample with, per column, null (no such member), the member's measure (see `probes`), or a string: why it has none.
 An object at the end of an array holds what does not fit the columns: `problem` of the whole sample, exact `names`.

@@ -133,6 +133,12 @@ def test_pickled_members_are_ignored_and_counted(write_tar):
     assert "no member with a mapped extension" in index.entry(1).problem
 
 
+def test_pickled_members_cannot_be_mapped(write_tar):
+    path = write_tar([("0.a.pkl", b"x"), ("0.txt", b"t")])
+    fields = FieldsConfig(meta=("a.pkl",))
+    assert sorted(load_index(path, fields).entry(0, fields).members) == ["text"]
+
+
 def test_problems_of_samples(write_tar, png, sound):
     path = write_tar(
         [
@@ -182,6 +188,13 @@ def test_audio_frames_are_those_the_decoder_gives(write_tar, sound, format):
     entry = load_index(path).entry(0)
     decoded, rate = soundfile.read(io.BytesIO(data))
     assert (entry.audio_frames, entry.audio_rate) == (len(decoded), rate)
+
+
+def test_frames_of_a_cut_mp3_are_counted_not_believed(write_tar, sound):
+    data = sound(40_000, 16_000, "MP3")
+    path = write_tar([("0.mp3", data[: len(data) // 2])])
+    # the header still says 40,000
+    assert 5_000 < load_index(path).entry(0).audio_frames < 30_000
 
 
 def test_a_stale_index_is_built_anew(write_tar, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,24 @@ def test_a_source_leaves_after_its_epochs_and_the_others_share():
     rest = Counter(ref.source for ref in order[first[-1] + 1 :])
     assert set(rest) == {1, 2}
     assert abs(rest[1] - rest[2]) <= 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_after_each_leaving_the_shares_of_the_rest_hold_to_within_one_draw(data):
+    shares = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5), label="shares")
+    sizes = data.draw(st.lists(st.integers(1, 25), min_size=len(shares), max_size=len(shares)), label="sizes")
+    planner = LanePlanner(4, [[size] for size in sizes], shares, [1] * len(shares), 1, 1)
+    left, since = dict(enumerate(sizes)), Counter()
+    for (ref,) in _run(planner, planner.first_state(0)):
+        since[ref.source] += 1
+        for source in left:
+            assert abs(since[source] - Fraction(since.total() * shares[source], sum(shares[s] for s in left))) < 1
+        left[ref.source] -= 1
+        if not left[ref.source]:
+            del left[ref.source]
+            since.clear()
+    assert not left
 
 
 def test_fewer_samples_than_lanes_starve_no_lane():

@@ -73,11 +73,19 @@ def _check_usable(path: Path) -> tuple[int, str | None]:
     return index.num_samples, index.damage
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 1))
-def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path, share):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, len(whole_tar())))
+def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path, cut):
+    _check_cut(tmp_path, cut)
+
+
+def test_a_tar_cut_between_blocks_gives_its_whole_samples(tmp_path):
+    for cut in range(0, len(whole_tar()), 512):
+        _check_cut(tmp_path, cut)
+
+
+def _check_cut(tmp_path: Path, cut: int) -> None:
     whole = whole_tar()
-    cut = int(share * len(whole))
     path = tmp_path / "cut.tar"
     path.write_bytes(whole[:cut])
     samples, damage = _check_usable(path)
@@ -91,6 +99,10 @@ def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path, share):
     begun = [member for member in members if member.offset_data <= cut]
     assert samples == max(0, len({member.name.split(".")[0] for member in begun}) - 1)
     assert str(cut) in damage
+
+
+# tarfile raises on the header behind a PAX header, and stops without a word on any other
+_NOTICED = {b"\0": ("with data again", "end of file header"), b"\xff": ("unreadable header", "checksum")}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -110,7 +122,7 @@ def test_a_header_overwritten_anywhere_is_noticed(tmp_path, block, fill):
         return
     samples, damage = _check_usable(path)
     assert samples < SAMPLES
-    assert damage is not None
+    assert any(words in damage for words in _NOTICED[fill]), damage
 
 
 def test_damage_is_one_line_and_survives_a_reload(tmp_path):

@@ -1,6 +1,7 @@
 """Reading members: the right bytes, retries, caps, forks, remote files."""
 
 import errno
+import io
 import os
 import pickle
 import tarfile
@@ -121,9 +122,11 @@ def test_io_errors_are_tried_again_with_a_new_handle(text_shards, monkeypatch):
             raise OSError(errno.ESTALE, "Stale file handle")
         return real(descriptor, size, offset)
 
+    opened, file_io = [], io.FileIO
     monkeypatch.setattr(os, "pread", flaky)
+    monkeypatch.setattr(storage.io, "FileIO", lambda path: opened.append(path) or file_io(path))
     assert read_member(entry, "text", 10) == b"1"
-    assert len(calls) == 3
+    assert (len(calls), len(opened)) == (3, 3)
 
 
 def test_io_that_keeps_failing_stops_the_run(text_shards, monkeypatch):
