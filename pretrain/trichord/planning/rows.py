@@ -1,0 +1,47 @@
+"""How the rows of a step are shared out over ranks and micro-steps. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """rows: of the global batch, one from each lane; accumulation: micro-steps per step, equal on all ranks.
+
+    wasted_frac: share of the computed rows that are empty, because rows do not divide evenly.
+    """
+
+    rows: int
+    world_size: int
+    micro_rows: int
+
+    @property
+    def accumulation(self) -> int:
+        """ceil(rows / (world_size * micro_rows))."""
+        return math.ceil(self.rows / (self.world_size * self.micro_rows))
+
+    @property
+    def computed_rows(self) -> int:
+        return self.accumulation * self.world_size * self.micro_rows
+
+    @property
+    def wasted_frac(self) -> float:
+        return 1 - self.rows / self.computed_rows
+
+    @property
+    def idle_ranks(self) -> int:
+        """Ranks that never have a row."""
+        return max(0, self.world_size - self.rows)
+
+    def better(self) -> RowSplit | None:
+        """The largest smaller `micro_rows` that wastes less, or None if this split wastes nothing or none is better.
+
+        It never changes what is trained: rows and their order stay the same.
+        """
+        for micro_rows in range(self.micro_rows - 1, 0, -1):
+            split = RowSplit(self.rows, self.world_size, micro_rows)
+            if split.wasted_frac < self.wasted_frac:
+                return split
+        return None
