@@ -7,17 +7,20 @@ kernel does not cover raises `KernelError`; nothing falls back in silence.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from trichord_kernels import reference
+from trichord_kernels.errors import KernelError
+
+if find_spec("triton") is not None:  # absent off Linux, where the reference is all there is
+    from trichord_kernels.ops import rms_norm as rms_norm_op
+else:
+    rms_norm_op = None
 
 BACKENDS = ("auto", "triton", "reference")
-
-
-class KernelError(ValueError):
-    """No kernel for this case: says what was expected, what came, and what to do."""
 
 
 def requested_backend() -> str:
@@ -29,11 +32,16 @@ def requested_backend() -> str:
 
 
 def choose_backend(device: torch.device) -> str:
-    """`triton` or `reference` for tensors on `device`."""
+    """`triton` or `reference` for tensors on `device`. Raises KernelError if Triton is wanted but not installed."""
     requested = requested_backend()
-    if requested != "auto":
-        return requested
-    return "reference" if device.type in ("cpu", "meta") else "triton"
+    if requested == "reference" or (requested == "auto" and device.type in ("cpu", "meta")):
+        return "reference"
+    if rms_norm_op is None:
+        raise KernelError(
+            f"expected triton for tensors on {device.type} (TRICHORD_KERNELS={requested}), but it is not installed; "
+            "pip install triton, or set TRICHORD_KERNELS=reference"
+        )
+    return "triton"
 
 
 def rms_norm(
@@ -49,4 +57,4 @@ def rms_norm(
     """
     if choose_backend(x.device) == "reference":
         return reference.rms_norm(x, weight, eps, residual)
-    raise KernelError("rms_norm: the Triton kernel is not in this build; set TRICHORD_KERNELS=reference")
+    return rms_norm_op.rms_norm(x, weight, eps, residual)

@@ -1,0 +1,1 @@
+"""One file per fused op: its Triton kernels, launchers and torch registration. Importing one imports triton."""

@@ -1,0 +1,126 @@
+"""What the static judge compiles: one case per kernel, dtype, hidden size and variant, as its launcher would launch it.
+
+An op adds its cases here in the same change that adds its kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class StaticCase:
+    """One ahead-of-time compilation and what its machine code may touch.
+
+    row_bytes: bytes of row operands one program must read and write per tile (the algorithm's minimum, counted from
+    the signature). shared_bytes: bytes of a tile's operand shared by all rows (the weight), which threads of every
+    row read again from cache; 0 where it is read before the loop.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    row_bytes: int
+    shared_bytes: int
+    is_forward: bool
+    needs_odd_width: bool = False  # rows of a multiple of 8 but not 16 elements, strides passed (bar 5)
+    attrs: dict[tuple[int, ...], list] = field(default_factory=dict)
+
+
+def static_cases() -> list[StaticCase]:
+    """Every case of every op."""
+    return rms_norm_cases()
+
+
+def rms_norm_cases() -> list[StaticCase]:
+    """bf16 at 4096 is the default; the others vary the width or the dtypes, up to the widest row in float32."""
+    grid = [("bf16", "bf16", hidden_size) for hidden_size in (64, 1024, 4096, 4104, 8192)]
+    grid += [("bf16", "fp32", 4096), ("fp16", "fp16", 4096), ("fp32", "fp32", 8192)]
+    return [
+        make(dtype, weight_dtype, hidden_size, residual)
+        for dtype, weight_dtype, hidden_size in grid
+        for make in (_rms_norm_forward, _rms_norm_backward)
+        for residual in (False, True)
+    ]
+
+
+def _rms_norm_forward(dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
+    from trichord_kernels.ops import rms_norm as op
+
+    return _row_case(
+        f"{'add_' if residual else ''}rms_norm_fwd.{hidden_size}",
+        op._rms_norm_forward_kernel,
+        dtype,
+        weight_dtype,
+        hidden_size,
+        num_row_operands=4 if residual else 2,
+        is_forward=True,
+        flags={"HAS_RESIDUAL": residual},
+    )
+
+
+def _rms_norm_backward(dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
+    from trichord_kernels.ops import rms_norm as op
+
+    return _row_case(
+        f"{'add_' if residual else ''}rms_norm_bwd.{hidden_size}",
+        op._rms_norm_backward_kernel,
+        dtype,
+        weight_dtype,
+        hidden_size,
+        num_row_operands=4 if residual else 3,
+        is_forward=False,
+        flags={"HAS_GRAD_NEW_RESIDUAL": residual, "HAS_GRAD_WEIGHT": True},
+    )
+
+
+def _row_case(
+    name: str,
+    kernel: Any,
+    dtype: str,
+    weight_dtype: str,
+    hidden_size: int,
+    num_row_operands: int,
+    is_forward: bool,
+    flags: dict[str, bool],
+) -> StaticCase:
+    """A row kernel as launched on contiguous or strided 16-byte-aligned rows: aligned pointers, plain i32 strides."""
+    from trichord_kernels.ops.launch import STRIDE_UNIT
+    from trichord_kernels.ops.rms_norm import row_tile
+
+    tile = row_tile(hidden_size)
+    constexprs = {
+        "D": hidden_size,
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_D": tile.block_d,
+        "STRIDE_UNIT": STRIDE_UNIT,
+        **flags,
+    }
+    tile_elements = tile.block_rows * tile.block_d
+    return StaticCase(
+        name=f"{name}.{dtype}" + (f".w_{weight_dtype}" if weight_dtype != dtype else ""),
+        kernel=kernel,
+        signature={arg: _argument_type(arg, constexprs, dtype, weight_dtype) for arg in kernel.arg_names},
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        row_bytes=num_row_operands * tile_elements * ITEM_BYTES[dtype],
+        shared_bytes=tile_elements * ITEM_BYTES[weight_dtype] if is_forward else 0,
+        is_forward=is_forward,
+        needs_odd_width=hidden_size % 8 == 0 and hidden_size % 16 != 0,
+        attrs={(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if arg.endswith("_ptr")},
+    )
+
+
+def _argument_type(arg: str, constexprs: dict[str, Any], dtype: str, weight_dtype: str) -> str:
+    if arg in constexprs:
+        return "constexpr"
+    if arg.endswith("_partial_ptr"):
+        return "*fp32"
+    if arg.endswith("_ptr"):
+        return f"*{weight_dtype if arg == 'W_ptr' else dtype}"
+    return "fp32" if arg == "eps" else "i32"

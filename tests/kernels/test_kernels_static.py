@@ -1,0 +1,130 @@
+"""The static judge: it compiles without a GPU, passes our kernels, and fails kernels that deserve it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import pytest
+
+from trichord_kernels.errors import KernelError
+from trichord_kernels.machine_code import count_sass, read_amdgcn
+from trichord_kernels.static import ARCHS, compile_case, judge_case, occupancy, render_table, static_report
+from trichord_kernels.static_cases import StaticCase, static_cases
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+
+def _case(name: str) -> StaticCase:
+    return next(case for case in static_cases() if case.name == name)
+
+
+QUICK = ["add_rms_norm_fwd.4096.bf16", "add_rms_norm_bwd.4096.bf16", "rms_norm_fwd.4104.bf16", "rms_norm_bwd.64.bf16"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_hard_bars_hold_on_sm_90(name) -> None:
+    row = judge_case(_case(name), "sm_90")
+    assert row["failures"] == []
+    assert {"1", "2", "4", "6", "8"} <= set(row["bars"])
+    assert ("5" in row["bars"]) == ("4104" in name)
+    assert row["registers"] > 16
+    json.dumps(row)
+
+
+@pytest.mark.slow
+def test_hard_bars_hold_on_every_target() -> None:
+    rows = static_report()
+    assert {row["arch"] for row in rows} == set(ARCHS)
+    assert len(rows) == len(ARCHS) * len(static_cases())
+    assert [why for row in rows for why in row["failures"]] == []
+
+
+def test_addresses_are_64_bit() -> None:
+    """A row number times a stride passes 2^31 at T*H*D of today's runs."""
+    for name in ("add_rms_norm_fwd.4096.bf16", "add_rms_norm_bwd.4096.bf16"):
+        ir = compile_case(_case(name), "sm_90").asm["ttir"]
+        products = [line for line in ir.splitlines() if "arith.muli" in line]
+        assert len(products) >= 5
+        assert all(re.search(r": i64\b", line) for line in products), products
+
+
+def test_unaligned_pointers_fail_the_width_bars() -> None:
+    row = judge_case(replace(_case("rms_norm_fwd.4104.bf16"), attrs={}), "sm_90")
+    assert (row["bars"]["4"], row["bars"]["5"], row["bars"]["2"]) == ("fail", "fail", "pass")
+    assert "128 bits" in row["failures"][0]
+
+
+def test_too_few_warps_spill_and_fail() -> None:
+    row = judge_case(replace(_case("add_rms_norm_bwd.8192.bf16"), num_warps=4), "sm_90")
+    assert row["bars"]["2"] == "fail"
+    assert row["spill_store_bytes"] > 0
+    assert row["loop_spill_bytes"] > 0
+
+
+def test_reading_more_than_the_minimum_fails() -> None:
+    case = _case("rms_norm_fwd.4096.bf16")
+    row = judge_case(replace(case, row_bytes=case.row_bytes // 2), "sm_90")
+    assert row["bars"]["8"] == "fail"
+
+
+def test_a_kernel_that_does_not_compile_is_a_failed_row() -> None:
+    case = _case("rms_norm_fwd.64.bf16")
+    row = judge_case(replace(case, constexprs=case.constexprs | {"BLOCK_D": 63}), "sm_90")
+    assert row["bars"] == {"1": "fail"}
+    assert "does not compile" in row["failures"][0]
+    assert "fail 1" in render_table([row])
+
+
+def test_table_shows_the_row_and_says_it_is_not_timed() -> None:
+    text = render_table([judge_case(_case("rms_norm_fwd.64.bf16"), "sm_90")])
+    assert text.splitlines()[0].split()[:3] == ["kernel", "arch", "num_warps"]
+    assert "pass 1,2,4,6,8" in text
+    assert text.endswith("1 rows, 0 failed bars; static, not timed")
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(KernelError, match="sm_80, sm_90, sm_100, gfx942, got sm_9"):
+        static_report(["sm_90", "sm_9"])
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;          /* 0x00 */
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ; /* 0x00 */
+        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ; /* 0x00 */
+        /*0030*/                   LDG.E.64 R4, desc[UR4][R2.64] ;  /* 0x00 */
+        /*0040*/                   STL.64 [R1+0x8], R4 ;            /* 0x00 */
+        /*0050*/                   LDGSTS.E.BYPASS.64 [R5], [R2] ;  /* 0x00 */
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;    /* 0x00 */
+        /*0070*/               @P0 BRA 0x30 ;                       /* 0x00 */
+        /*0080*/                   LDL R4, [R1] ;                   /* 0x00 */
+        /*0090*/                   STG.E desc[UR4][R2.64], R4 ;     /* 0x00 */
+        /*00a0*/                   BRA 0xa0;                        /* 0x00 */
+"""
+
+
+def test_sass_is_counted() -> None:
+    count = count_sass(SASS)
+    assert (str(count.loads), str(count.loop_loads), str(count.stores)) == ("2/4", "1/2", "0/1")
+    assert count.has_loop
+    assert count.loads.thread_bytes == 16 + 2 + 8 + 8
+    assert (count.spill_store_bytes, count.spill_load_bytes, count.loop_spill_bytes) == (8, 4, 8)
+    assert count.barriers == 1
+
+
+def test_amd_assembly_is_counted() -> None:
+    text = "\tglobal_load_dwordx4 v[0:3], v0\n\tbuffer_load_ushort v1\n\tbuffer_store_dwordx4 v[0:3]\n\ts_barrier\n"
+    count = read_amdgcn(text + "    .vgpr_count:     23\n    .vgpr_spill_count: 2\n")
+    assert (str(count.loads), str(count.stores), count.barriers) == ("1/2", "1/1", 1)
+    assert (count.registers, count.spill_store_bytes) == (23, 8)
+
+
+def test_occupancy_by_hand() -> None:
+    assert occupancy("sm_90", 8, 32, 0.0) == 1.0
+    assert occupancy("sm_90", 8, 255, 0.0) == 0.12  # 65536 / (256 * 256 threads) = 1 program of 8 warps out of 64
+    assert occupancy("sm_80", 4, 32, 100.0) == 0.06  # shared memory holds one program
+    assert occupancy("gfx942", 16, 64, 0.0) == 1.0
+    assert occupancy("gfx942", 32, 64, 0.0) == 0.0  # a workgroup holds 1024 threads
+    assert occupancy("sm_90", 8, 32, 228.0) == 0.0
