@@ -41,8 +41,10 @@ class LaneReader:
         self._next_window: LaneState | None = None
 
     def next_row(self) -> tuple[list[PlannedSample], list[LeftOut]]:
-        """The next row's samples (none: the lane is used up), and what was left out while planning for it.
+        """The next row's samples, and what was left out while planning for it.
 
+        No samples: the lane is used up (`cursor.exhausted`), or not one sample of the window is good. Such a window
+        costs one empty row, so that the step is taken and the job as a whole can judge how much of its data is bad.
         Advances `cursor` past the row. A window that is resumed in its middle says nothing again of what it left out.
         """
         left_out: list[LeftOut] = []
@@ -64,6 +66,10 @@ class LaneReader:
                     f"lane {window.lane} stopped after row {self.cursor.row} of window {window.window}, which has "
                     f"{len(self._plan.rows)} rows now; the data, the tokenizer or the model's lengths have changed"
                 )
+            if not self._plan.rows:
+                self._close_window()
+                self.cursor = replace(self.cursor, chain=extend_chain(self.cursor.chain, []))
+                return [], left_out
         row = self._plan.rows[self.cursor.row]
         refs = [sample.ref for sample in row]
         self.cursor = replace(self.cursor, row=self.cursor.row + 1, chain=extend_chain(self.cursor.chain, refs))

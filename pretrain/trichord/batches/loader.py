@@ -236,8 +236,10 @@ def count_steps(
     for lane in range(batches.rows_per_step):
         reader = LaneReader(order, planner, seed, LaneCursor(order.first_state(lane)))
         rows = 0
-        while reader.next_row()[0]:
-            rows += 1
+        while not reader.cursor.exhausted:
+            row, _ = reader.next_row()
+            if row or not reader.cursor.exhausted:  # a window without a good sample costs a row, except at the end
+                rows += 1
         most = max(most, rows)
         if on_progress is not None:
             on_progress(lane + 1, batches.rows_per_step)

@@ -266,3 +266,19 @@ def test_fault_in_the_code_keeps_its_trace_and_names_the_sample(corpus, monkeypa
     message = r"(?s)decoding sample '[sf]\d+' of shard .*part-\d+\.tar.*ZeroDivision"
     with closing(corpus.loader(num_workers=num_workers)) as loader, pytest.raises(RuntimeError, match=message):
         list(itertools.islice(loader, 20))
+
+
+@pytest.mark.timeout(30)
+def test_windows_without_a_good_sample_cost_empty_rows_not_a_hang(corpus):
+    """Endless sources all of whose samples are bad: steps are taken, so that the run can count and stop."""
+    shards = corpus.shards()
+    hard = tuple(source.model_copy(update={"require": ("image", "audio", "text", "image")}) for source in shards.sources)
+    samples = SAMPLES.model_copy(update={"text": SAMPLES.text.model_copy(update={"max_chars": 1})})
+    loader = Loader(
+        shards.model_copy(update={"sources": hard}), samples, corpus.batches(), seed=7, lengths=LENGTHS, augment=False
+    )
+    with closing(loader):
+        steps = [step for step, _ in zip(loader, range(3))]
+    assert [step.stats.samples for step in steps] == [0, 0, 0]
+    assert all(step.stats.bad_samples > 0 for step in steps)
+    assert len({step.state.digest() for step in steps}) == 3
