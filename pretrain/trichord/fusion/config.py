@@ -31,7 +31,8 @@ class TrunkConfig(Leaf):
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if self.rope_sections and 2 * sum(self.rope_sections) != self.resolved_head_dim:
+        # A released checkpoint brings its own head_dim; it is compared when it is built.
+        if self.weights is None and self.rope_sections and 2 * sum(self.rope_sections) != self.resolved_head_dim:
             raise ValueError(
                 f"rope_sections {self.rope_sections} must sum to head_dim / 2 = {self.resolved_head_dim // 2}"
             )

@@ -230,21 +230,35 @@ def build_model(
     Raises:
         ConfigError: unknown model names, options or weights that do not fit.
     """
-    _refuse_unused(encoders, fusion, objectives)
-    model = Trichord(
-        VisionTower(encoders.vision, samples.image) if encoders.vision else None,
-        AudioTower(encoders.audio, samples.audio) if encoders.audio else None,
-        TextTower(encoders.text, padded_vocab_size(vocab_size)) if encoders.text else None,
-        build_trunk(fusion.trunk, vocab_size, special) if fusion.trunk else None,
-        fusion,
-        objectives,
-        special,
-    )
+    trunk = build_trunk(fusion.trunk, vocab_size, special) if fusion.trunk else None
+    model = assemble_model(encoders, fusion, objectives, samples, trunk, vocab_size, special)
     frozen = {"vision": encoders.vision, "audio": encoders.audio, "text": encoders.text, "trunk": fusion.trunk}
     for room, leaf in frozen.items():
         if leaf is not None and leaf.freeze:
             getattr(model, room).requires_grad_(False)
     return model
+
+
+def assemble_model(
+    encoders: EncodersConfig,
+    fusion: FusionConfig,
+    objectives: ObjectivesConfig,
+    samples: SamplesConfig,
+    trunk: nn.Module | None,
+    vocab_size: int,
+    special: Mapping[str, int],
+) -> Trichord:
+    """As `build_model`, around a trunk that is there already, parts replaced; nothing is frozen."""
+    _refuse_unused(encoders, fusion, objectives)
+    return Trichord(
+        VisionTower(encoders.vision, samples.image) if encoders.vision else None,
+        AudioTower(encoders.audio, samples.audio) if encoders.audio else None,
+        TextTower(encoders.text, padded_vocab_size(vocab_size)) if encoders.text else None,
+        trunk,
+        fusion,
+        objectives,
+        special,
+    )
 
 
 def _refuse_unused(encoders: EncodersConfig, fusion: FusionConfig, objectives: ObjectivesConfig) -> None:
