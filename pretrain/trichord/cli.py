@@ -35,6 +35,7 @@ ConfigPath = Annotated[str, typer.Argument(help="YAML file, or the name of a shi
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values on top of the file: engine.lr=3e-4", metavar="[A.B=C]...")
 ]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here, as JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, such as runs/NAME.")]
 
 
@@ -74,9 +75,13 @@ def quickstart(
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> int:
     """Train: one process, or one rank of many under torchrun or trichord-launch."""
+    from trichord.config.identity import inspect_run_folder
     from trichord.config.load import load_run_config
+    from trichord.core.dist import rank_facts
 
     run_config = load_run_config(config, overrides or [])
+    if rank_facts().rank == 0:  # the others may come when rank 0 has already begun to write there
+        inspect_run_folder(run_config)  # a run that cannot go on is told before torch is loaded
     from trichord.train import run
 
     return run(run_config)
@@ -86,15 +91,17 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder.")],
     suite: Annotated[str, typer.Argument(help="Suite file, or the name of a shipped one (suites/quickstart.yaml).")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Metrics of a checkpoint on the sources of a suite, as a table and JSON."""
     from trichord.config.load import load_suite
 
     load_suite(suite)  # a mistake in it is told before torch is loaded
-    from trichord.evaluation.suite import evaluate as run_suite
+    from trichord.core.log import configure_logging
+    from trichord.evaluate import evaluate as evaluate_checkpoint
 
-    result = run_suite(path, suite)
+    configure_logging()
+    result = evaluate_checkpoint(path, suite)
     _print_metrics(result["metrics"])
     _write_json(json_file, result)
 
@@ -105,11 +112,15 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
 ) -> None:
     """Write a checkpoint in Hugging Face format."""
-    from trichord.checkpoints.load import resolve_checkpoint
+    if out.exists():
+        raise ConfigError(f"{out} exists already; an export never overwrites: name a new folder, or remove it")
     from trichord.release.export import export_checkpoint
+    from trichord.restore import restore
 
-    export_checkpoint(resolve_checkpoint(checkpoint), out)
-    print(out)
+    restored = restore(checkpoint)
+    weights = dict(restored.model.named_parameters())
+    facts = {"run": restored.config.run.name, "step": restored.step}
+    print(export_checkpoint(weights, restored.config, restored.tokenizer, out, facts=facts))
 
 
 @app.command()
@@ -117,14 +128,18 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    json_file: JsonFile = None,
 ) -> None:
     """Parameters and memory per GPU of a run, before it runs."""
     from trichord.config.load import load_run_config
 
     run_config = load_run_config(config, overrides or [])
     from trichord.planning.plan import plan as make_plan
+    from trichord.planning.plan import render_plan
 
-    print(make_plan(run_config, gpus))
+    facts = make_plan(run_config, gpus)
+    print(render_plan(facts))
+    _write_json(json_file, facts)
 
 
 @app.command()
@@ -153,7 +168,7 @@ def track_sync(run: RunPath) -> None:
 def bench_kernels(
     static: Annotated[bool, typer.Option("--static", help="Judge the compiled kernels; needs no GPU.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time every kernel against plain torch, or let the compiler judge it."""
     if static:
@@ -174,7 +189,7 @@ def data_build(
     source: Annotated[
         Path, typer.Argument(help="Folder of files, or a .csv or .jsonl table (image, audio, text, ...).")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     prefix: Annotated[str, typer.Option(help="Shards are called PREFIX-000000.tar and so on.")] = "shard",
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
 ) -> None:
@@ -211,8 +226,8 @@ def data_index(
 
 @data_app.command("tokenizer")
 def data_tokenizer(
-    out: Annotated[Path, typer.Argument(help="Folder for the tokenizer.")],
-    sources: Annotated[list[str], typer.Argument(help="Text files (one text per line) or shards with a text field.")],
+    sources: Annotated[list[str], typer.Argument(help="Folders of shards, shards, or text files (a text per line).")],
+    out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     kind: Annotated[TokenizerKind, typer.Option(help="Sort of tokenizer.")] = TokenizerKind.bpe,
     vocab_size: Annotated[int, typer.Option(min=1)] = 32_000,
 ) -> None:
@@ -250,19 +265,20 @@ def config_schema(of: Annotated[ConfigKind, typer.Option(help="Which kind of fil
 
 @config_app.command("new")
 def config_new(
-    name: Annotated[str, typer.Argument(help="Name of the run; the file is NAME.yaml in this folder.")],
+    name: Annotated[str, typer.Argument(help="Name of the run; the file is NAME.yaml in this folder.", metavar="NAME")],
     like: Annotated[str, typer.Option(help="Shipped config to start from.")] = "runs/quickstart.yaml",
 ) -> None:
     """Copy a shipped config, comments and all, under a new name."""
     from trichord.config.load import new_config
 
-    print(new_config(name, like))
+    print(new_config(name.removesuffix(".yaml"), like))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Only bugs leave as exceptions."""
     try:
-        result = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        result = app(args=words, prog_name="trichord", standalone_mode=False)
         return result if isinstance(result, int) else EXIT_DONE
     except TrichordError as error:
         return _fail(str(error), error.exit_code)
@@ -309,10 +325,11 @@ def _source(shards: list[str]):
 
 
 def _texts(sources: list[str]) -> Iterator[str]:
-    """Lines of text files, and the text members of shards (`.tar`)."""
+    """Lines of text files, and the text members of shards (`.tar`, or all in a folder)."""
     from trichord.shards.config import ShardsConfig
     from trichord.shards.reader import open_sources, read_member
 
+    sources = [f"{source}/*.tar" if Path(source).is_dir() else source for source in sources]
     for file in (Path(source) for source in sources if not source.endswith(".tar")):
         try:
             yield from file.read_text(encoding="utf-8").splitlines()

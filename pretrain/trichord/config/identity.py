@@ -56,8 +56,8 @@ KeyPath = tuple[str, ...]
 class RunFolder:
     """Where a run lives and how it starts. Plain values: rank 0 prepares it and broadcasts it.
 
-    kind: `fresh` has nothing to go on from; `resume` goes on from this folder's newest checkpoint (from step 0 if it
-    has none); `branch` starts from step `branch_step` of the run in `branch_folder`. attempt counts from 1.
+    kind: `fresh` has nothing to go on from; `resume` goes on from this folder's newest checkpoint; `branch` starts from
+    step `branch_step` of the run in `branch_folder`. attempt counts from 1.
     """
 
     kind: Literal["fresh", "resume", "branch"]
@@ -97,24 +97,25 @@ def inspect_run_folder(config: RunConfig) -> RunFolder:
     """The decision of `prepare_run_folder` without writing anything. Raises the same errors."""
     path = run_path(config)
     branch = _branch_of(config)
-    if not _holds_a_run(path):
-        if branch is None:
-            return RunFolder("fresh", path, _next_attempt(path))
-        compare_for_resume(read_run_config(branch[0]), config, branch=True)
-        return RunFolder("branch", path, _next_attempt(path), *branch)
-    if config.run.resume == "never":
+    if config.run.resume == "never" and _holds_a_run(path):
         raise ConfigError(
             f"run folder {path} exists and run.resume is never; choose another run.name, or run.resume=auto"
         )
-    old = read_run_config(path)
-    if branch is not None and old.run.resume != config.run.resume:
-        raise ConfigError(
-            f"run folder {path} exists and did not start as a branch of {config.run.resume} "
-            f"(its run.resume is {old.run.resume}); choose another run.name for the branch"
-        )
-    compare_for_resume(old, config)
-    kind = "resume" if branch is None or any((path / "checkpoints").glob("step-*/manifest.json")) else "branch"
-    return RunFolder(kind, path, _next_attempt(path), *(branch or (None, None)))
+    if _holds_a_checkpoint(path):
+        old = read_run_config(path)
+        if branch is not None and old.run.resume != config.run.resume:
+            raise ConfigError(
+                f"run folder {path} exists and did not start as a branch of {config.run.resume} "
+                f"(its run.resume is {old.run.resume}); choose another run.name for the branch"
+            )
+        compare_for_resume(old, config)
+        return RunFolder("resume", path, _next_attempt(path))
+    # Nothing has been learned under this name yet, so nothing binds the config: a first attempt that died of a wrong
+    # path is simply started again.
+    if branch is None:
+        return RunFolder("fresh", path, _next_attempt(path))
+    compare_for_resume(read_run_config(branch[0]), config, branch=True)
+    return RunFolder("branch", path, _next_attempt(path), *branch)
 
 
 def compare_for_resume(old: RunConfig, new: RunConfig, branch: bool = False) -> None:
@@ -139,10 +140,14 @@ def compare_for_resume(old: RunConfig, new: RunConfig, branch: bool = False) -> 
 
 
 def run_path(config: RunConfig) -> Path:
-    """`root/name`. Raises ConfigError for a root that is no local folder."""
+    """`root/name`. Raises ConfigError for a root that is no folder on this machine."""
     if "://" in config.run.root:
         raise ConfigError(f"run.root must be a folder on a mounted file system, got {config.run.root!r}")
-    return Path(config.run.root).expanduser() / config.run.name
+    path = Path(config.run.root).expanduser() / config.run.name
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run folder {path} cannot be written: {existing} is a file; choose another run.root")
+    return path
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -195,7 +200,11 @@ def _branch_of(config: RunConfig) -> tuple[Path, int] | None:
 
 def _holds_a_run(path: Path) -> bool:
     """A folder that a launcher made for its logs or a snapshot of the code is not yet a run."""
-    return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir()
+    return (path / "config.yaml").is_file() or (path / "metrics.jsonl").is_file() or _holds_a_checkpoint(path)
+
+
+def _holds_a_checkpoint(path: Path) -> bool:
+    return any((path / "checkpoints").glob("step-*/manifest.json"))
 
 
 def _next_attempt(path: Path) -> int:

@@ -22,6 +22,15 @@ def config(tmp_path):
     return build
 
 
+def begin(config):
+    """Prepare a run and give it a checkpoint, which is what binds its config."""
+    folder = prepare_run_folder(config)
+    step = folder.path / "checkpoints" / "step-000005"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def quick_git(monkeypatch):
     monkeypatch.setattr(identity, "git_state", lambda: {"sha": "0" * 40})
@@ -91,7 +100,7 @@ def test_every_listed_key_exists():
 
 
 def test_a_fresh_run_then_its_next_attempts(config, tmp_path):
-    first = prepare_run_folder(config())
+    first = begin(config())
     assert (first.kind, first.path, first.attempt) == ("fresh", tmp_path / "a", 1)
     second = prepare_run_folder(config("engine.lr=0.5"))
     assert (second.kind, second.attempt) == ("resume", 2)
@@ -116,14 +125,21 @@ def test_never_refuses_a_folder_that_holds_a_run(config):
         prepare_run_folder(config("run.resume=never"))
 
 
-def test_a_run_without_its_config_is_refused(config, tmp_path):
-    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+def test_a_first_attempt_that_died_without_a_checkpoint_binds_nothing(config):
+    prepare_run_folder(config("batches.tokenizer=typo"))
+    folder = prepare_run_folder(config())
+    assert (folder.kind, folder.attempt) == ("fresh", 2)
+    assert read_run_config(folder.path).batches.tokenizer != "typo"
+
+
+def test_a_run_without_its_config_is_refused(config):
+    (begin(config()).path / "config.yaml").unlink()
     with pytest.raises(CheckpointError, match=r"no run folder: it holds no config\.yaml"):
         prepare_run_folder(config())
 
 
 def test_a_config_of_another_version_is_said_to_be_one(config):
-    folder = prepare_run_folder(config())
+    folder = begin(config())
     file = folder.path / "config.yaml"
     file.write_text(file.read_text() + "future: {a: 1}\n")
     with pytest.raises(CheckpointError, match="does not load with this version"):
@@ -131,27 +147,26 @@ def test_a_config_of_another_version_is_said_to_be_one(config):
 
 
 def test_a_refused_continuation_leaves_the_folder_as_it_was(config):
-    folder = prepare_run_folder(config())
+    folder = begin(config())
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
     with pytest.raises(CheckpointError):
         prepare_run_folder(config("run.seed=9"))
     assert before == {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
 
 
-def test_a_branch_starts_elsewhere_and_then_resumes_itself(config, tmp_path):
-    source = prepare_run_folder(config())
+def test_a_branch_starts_elsewhere_and_then_resumes_itself(config):
+    source = begin(config())
     branch = config("run.resume=a@20", "engine.lr=0.1", name="b")
     for attempt in (1, 2):  # died before its first checkpoint: the second attempt starts from the source again
         folder = prepare_run_folder(branch)
         assert (folder.kind, folder.attempt) == ("branch", attempt)
         assert (folder.branch_folder, folder.branch_step) == (source.path, 20)
-    (tmp_path / "b" / "checkpoints" / "step-000030").mkdir(parents=True)
-    (tmp_path / "b" / "checkpoints" / "step-000030" / "manifest.json").write_text("{}")
+    begin(branch)
     assert prepare_run_folder(branch).kind == "resume"
 
 
 def test_a_branch_names_its_source_by_path_too(config, tmp_path):
-    prepare_run_folder(config())
+    begin(config())
     assert inspect_run_folder(config(f"run.resume={tmp_path / 'a'}@3", name="b")).branch_step == 3
 
 
@@ -166,8 +181,8 @@ def test_a_branch_names_its_source_by_path_too(config, tmp_path):
     ],
 )
 def test_branches_that_cannot_be(config, overrides, name, error, words):
-    prepare_run_folder(config())
-    prepare_run_folder(config(name="c"))
+    begin(config())
+    begin(config(name="c"))
     with pytest.raises(error) as caught:
         prepare_run_folder(config(*overrides, name=name))
     assert words in str(caught.value)
