@@ -31,12 +31,14 @@ class SampleRef(NamedTuple):
 class LaneState:
     """All that is needed to plan the next window of a lane.
 
-    window: number of that window. counts: draws per source since a source last left. cursors: per source (epoch,
-    position in the lane's slice of that epoch); epoch == epochs of the source: used up.
+    window: number of that window. weights: shares of draws in it, per source. counts: draws per source since the shares
+    last changed (new weights, a source that left). cursors: per source (epoch, position in the lane's slice of that
+    epoch); epoch == epochs of the source: used up.
     """
 
     lane: int
     window: int
+    weights: tuple[float, ...]
     counts: tuple[int, ...]
     cursors: tuple[tuple[int, int], ...]
 
@@ -48,6 +50,7 @@ class LaneState:
         return LaneState(
             lane=fields["lane"],
             window=fields["window"],
+            weights=tuple(fields["weights"]),
             counts=tuple(fields["counts"]),
             cursors=tuple((epoch, position) for epoch, position in fields["cursors"]),
         )
@@ -104,7 +107,7 @@ class LanePlanner:
         self._shard_sizes = [list(sizes) for sizes in source_sizes]
         self._first_samples = [[0, *accumulate(sizes)] for sizes in source_sizes]
         self._totals = [sum(sizes) for sizes in source_sizes]
-        self._weights = list(weights)
+        self._weights = tuple(float(weight) for weight in weights)
         # A source without samples is used up from the start.
         self._epochs = [count if total else 0 for count, total in zip(epochs, self._totals)]
         self._phases = [self._spread_phases(source) for source in range(len(weights))]
@@ -116,12 +119,14 @@ class LanePlanner:
             raise ValueError(f"lane must be 0 to {self.num_lanes - 1}, got {lane}")
         sources = range(len(self._weights))
         cursors = tuple(self._settled(source, lane, 0, 0) for source in sources)
-        return LaneState(lane, 0, (0,) * len(self._weights), cursors)
+        return LaneState(lane, 0, self._weights, (0,) * len(self._weights), cursors)
 
     def next_window(self, state: LaneState) -> tuple[list[SampleRef], LaneState]:
         """The references of a lane's next window, and the state after it.
 
-        The window is shorter when the lane runs out in it, and ([], state) once the lane is used up for good.
+        The window is shorter when the lane runs out in it, and ([], state) once the lane is used up for good. It is
+        drawn by the weights in `state`: a window that was open when the weights were changed (a resumed run may) comes
+        out as before. The planner's own weights hold from the next window on.
         """
         lane, counts, cursors = state.lane, list(state.counts), list(state.cursors)
         refs: list[SampleRef] = []
@@ -132,7 +137,7 @@ class LanePlanner:
                 active = [source for source in range(len(cursors)) if not self._used_up(source, cursors[source][0])]
                 if not active:
                     break
-                mixture = self._mixture(lane, active)
+                mixture = self._mixture(lane, active, state.weights)
             source = active[mixture.next_source([counts[i] for i in active])]
             epoch, position = cursors[source]
             refs.append(SampleRef(source, epoch, self._sample(source, lane, epoch, position)))
@@ -144,7 +149,9 @@ class LanePlanner:
         if not refs:
             return [], state
         order = keyed_permutation(len(refs), derive_seed(self._seed, "window", lane, state.window))
-        after = LaneState(lane, state.window + 1, tuple(counts), tuple(cursors))
+        if state.weights != self._weights:
+            counts = [0] * len(counts)
+        after = LaneState(lane, state.window + 1, self._weights, tuple(counts), tuple(cursors))
         return [refs[i] for i in order], after
 
     def exhausted(self, state: LaneState) -> bool:
@@ -187,6 +194,6 @@ class LanePlanner:
         order = keyed_permutation(self.num_lanes, derive_seed(self._seed, "phase", source))
         return [2 * place + 1 for place in order]
 
-    def _mixture(self, lane: int, active: list[int]) -> Mixture:
-        shares = integer_shares([self._weights[source] for source in active])
+    def _mixture(self, lane: int, active: list[int], weights: Sequence[float]) -> Mixture:
+        shares = integer_shares([weights[source] for source in active])
         return Mixture(shares, [self._phases[source][lane] for source in active], 2 * self.num_lanes)

@@ -135,6 +135,22 @@ def test_after_each_leaving_the_shares_of_the_rest_hold_to_within_one_draw(data)
     assert not left
 
 
+def test_new_weights_hold_from_the_window_after_the_open_one():
+    sizes, epochs = [[300], [300]], [1, 1]
+    old = LanePlanner(4, sizes, [1.0, 3.0], epochs, 2, 20)
+    new = LanePlanner(4, sizes, [7.0, 1.0], epochs, 2, 20)
+    for lane in range(2):
+        first, state = old.next_window(old.first_state(lane))
+        open_window, _ = old.next_window(state)
+        again, after = new.next_window(LaneState.from_json(json.loads(json.dumps(state.to_json()))))
+        assert again == open_window  # some of its rows are trained on already
+        counts = [Counter(ref.source for ref in refs) for refs in (first, open_window, new.next_window(after)[0])]
+        assert [count[0] for count in counts[:2]] == [5, 5]
+        assert abs(counts[2][0] - 17.5) < 1
+        rest = [ref for refs in _run(new, after) for ref in refs]
+        assert len({*first, *open_window, *rest}) == len(first) + len(open_window) + len(rest) == 300
+
+
 def test_fewer_samples_than_lanes_starve_no_lane():
     planner = LanePlanner(0, [[3]], [1.0], [8], 8, 4)
     for lane in range(8):
@@ -175,7 +191,7 @@ def test_the_order_never_changes_between_versions():
     planner = LanePlanner(0, [[3, 2, 4], [5]], [2.0, 1.0], [None, None], 2, 6)
     refs, state = planner.next_window(planner.first_state(1))
     assert [tuple(ref) for ref in refs] == [(0, 0, 0), (0, 0, 2), (1, 0, 2), (1, 0, 3), (0, 0, 3), (0, 0, 1)]
-    assert state == LaneState(lane=1, window=1, counts=(4, 2), cursors=((0, 4), (0, 2)))
+    assert state == LaneState(lane=1, window=1, weights=(2.0, 1.0), counts=(4, 2), cursors=((0, 4), (0, 2)))
     assert keyed_permutation(6, 1) == [1, 2, 5, 0, 4, 3]
 
 
