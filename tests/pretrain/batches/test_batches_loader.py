@@ -272,7 +272,9 @@ def test_fault_in_the_code_keeps_its_trace_and_names_the_sample(corpus, monkeypa
 def test_windows_without_a_good_sample_cost_empty_rows_not_a_hang(corpus):
     """Endless sources all of whose samples are bad: steps are taken, so that the run can count and stop."""
     shards = corpus.shards()
-    hard = tuple(source.model_copy(update={"require": ("image", "audio", "text", "image")}) for source in shards.sources)
+    hard = tuple(
+        source.model_copy(update={"require": ("image", "audio", "text", "image")}) for source in shards.sources
+    )
     samples = SAMPLES.model_copy(update={"text": SAMPLES.text.model_copy(update={"max_chars": 1})})
     loader = Loader(
         shards.model_copy(update={"sources": hard}), samples, corpus.batches(), seed=7, lengths=LENGTHS, augment=False
