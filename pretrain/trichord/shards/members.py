@@ -82,6 +82,10 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
     if size < _BLOCK:
         report.damage = f"the file has {size} bytes, less than one tar header"
         return
+    if not any(file.read(_BLOCK)):  # an empty tar; Python 3.10's tarfile stumbles over it
+        report.damage = _damage_at_end(file, 0, size, "")
+        return
+    file.seek(0)
     try:
         tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115  the caller closes `file`
     except tarfile.TarError as error:
