@@ -21,7 +21,7 @@ from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.status import Status, clear_rank_statuses, read_status, write_atomically, write_status
 from trichord_launch.command import Command
 from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
-from trichord_launch.verdict import Verdict, judge, last_metrics_step, why_not_restart
+from trichord_launch.verdict import Verdict, first_death, judge, last_metrics_step, why_not_restart
 
 LOCK_FILE = ".launch.lock"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -144,7 +144,7 @@ def _run_attempt(
         leftovers = end_leftovers(launch_id, 0.0 if signals.kill else leftover_grace_s)
     if leftovers:
         say(f"ended {len(leftovers)} processes that the job had left running")
-    verdict = judge(folder, signals.received[0] if signals.received else None)
+    verdict = judge(folder, signals.received[0] if signals.received else None, first_death(record))
     _end(folder, record, attempt, verdict, returncode, time.monotonic() - started)
     return verdict
 

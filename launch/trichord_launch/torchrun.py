@@ -6,12 +6,12 @@ above them, in the rank's one message, and must stay in sight. Everything else i
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
-# By name: this package imports no torch. SignalException is how torchrun ends after a signal.
-_EXPECTED = ("ChildFailedError", "SignalException")
+FAILURES_FILE = "failures.json"
 
 
 def main() -> None:
@@ -19,18 +19,22 @@ def main() -> None:
     try:
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     except Exception as error:
-        if type(error).__name__ not in _EXPECTED:
+        # By name: this package imports no torch. SignalException is how torchrun ends after a signal.
+        if type(error).__name__ not in ("ChildFailedError", "SignalException"):
             raise
-        _keep(str(error))
+        _keep(error)
         sys.exit(1)
 
 
-def _keep(text: str) -> None:
-    """Write torchrun's table of failures to `failures.txt` in its log folder, if it was given one."""
-    if "--log-dir" in sys.argv:
-        folder = Path(sys.argv[sys.argv.index("--log-dir") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failures.txt").write_text(text + "\n", encoding="utf-8")
+def _keep(error: Exception) -> None:
+    """Write what torchrun knows of the failed ranks, first failure first, to its log folder, if it was given one."""
+    if "--log-dir" not in sys.argv:
+        return
+    folder = Path(sys.argv[sys.argv.index("--log-dir") + 1])
+    failures = sorted(getattr(error, "failures", {}).items(), key=lambda item: item[1].timestamp)
+    facts = [{"rank": rank, "exitcode": failure.exitcode, "pid": failure.pid} for rank, failure in failures]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILURES_FILE).write_text(json.dumps({"failures": facts, "text": str(error)}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +31,11 @@ class Verdict:
     ranks: Mapping[int, Status] = field(default_factory=dict)
 
 
-def judge(folder: Path, signal_number: int | None = None) -> Verdict:
+def judge(folder: Path, signal_number: int | None = None, died: str = "") -> Verdict:
     """The verdict on the attempt that has just ended in run folder `folder`.
 
     signal_number: the signal the launcher was asked to stop with, if any.
+    died: what torchrun saw (`first_death`); it only makes the reason clearer.
 
     The launcher has cleared the rank statuses and set `status.json` to running before the start, so whatever else it
     says comes from this attempt: finished and stopped are written by rank 0 when all ranks have agreed and the
@@ -53,10 +55,22 @@ def judge(folder: Path, signal_number: int | None = None) -> Verdict:
     step = max([*steps, last_metrics_step(folder)])
     if said:
         reason, cause = next((s for s in said if s[1].exit_code in NEVER_RESTARTED), said[0])
+        if died and cause.exit_code not in NEVER_RESTARTED:
+            reason = f"{died}; {reason}"
         return Verdict("failed", cause.exit_code or EXIT_UNEXPECTED, step, reason, ranks)
     if signal_number is not None:
         return Verdict("failed", 128 + signal_number, step, "interrupted before a checkpoint could be saved", ranks)
-    return Verdict("failed", EXIT_UNEXPECTED, step, "the ranks died without a word", ranks)
+    return Verdict("failed", EXIT_UNEXPECTED, step, died or "the ranks died without a word", ranks)
+
+
+def first_death(attempt_folder: Path) -> str:
+    """`rank 1 died of SIGKILL`, if torchrun saw that the first rank to fail was ended by a signal; else empty."""
+    try:
+        failures = json.loads((attempt_folder / "torchrun" / "failures.json").read_text(encoding="utf-8"))["failures"]
+        rank, code = failures[0]["rank"], failures[0]["exitcode"]
+        return f"rank {rank} died of {signal.Signals(-code).name}" if code < 0 else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def why_not_restart(verdict: Verdict, earlier: Sequence[Verdict], max_restarts: int, interrupted: bool) -> str | None:

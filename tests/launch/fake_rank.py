@@ -22,7 +22,6 @@ from pathlib import Path
 
 from trichord.core.status import (
     Status,
-    clear_rank_statuses,
     current_attempt,
     write_atomically,
     write_rank_status,
@@ -42,7 +41,6 @@ def main() -> int:
     checkpoint = folder / f"checkpoint.{rank}"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     if rank == 0:
-        clear_rank_statuses(folder)
         write_status(folder, Status("running", 0, step, attempt=current_attempt()))
     write_atomically(folder / f"ready.{rank}", f"{current_attempt()} {os.getpid()}")
     if word == "litter":

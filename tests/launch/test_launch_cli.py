@@ -101,7 +101,8 @@ def test_a_run_of_another_model_is_refused_before_anything_starts(config, tmp_pa
     from trichord.config.load import load_run_config, resolved_yaml
 
     folder = tmp_path / "runs" / "digits"
-    folder.mkdir(parents=True)
+    (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
     (folder / "config.yaml").write_text(resolved_yaml(load_run_config(config, ["run.seed=7"])))
     result = invoke("local", config)
     assert isinstance(result.exception, CheckpointError)

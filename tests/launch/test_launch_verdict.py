@@ -1,9 +1,11 @@
 """The verdict on an attempt comes from the status files alone; restarts stop where they cannot help."""
 
+import json
+
 import pytest
 
 from trichord.core.status import Status, write_rank_status, write_status
-from trichord_launch.verdict import Verdict, judge, last_metrics, why_not_restart
+from trichord_launch.verdict import Verdict, first_death, judge, last_metrics, why_not_restart
 
 
 def failed(step, code=1):
@@ -32,6 +34,22 @@ def test_ranks_that_died_without_a_word_failed_where_the_metrics_end(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "time": 1.0}\n{"step": 20, "time": 2.0}\n{"step": 3')
     verdict = judge(tmp_path)
     assert (verdict.outcome, verdict.exit_code, verdict.step) == ("failed", 1, 20)
+
+
+def test_the_rank_that_was_killed_is_named_beside_those_that_lost_it(tmp_path):
+    record = tmp_path / "attempts" / "1"
+    (record / "torchrun").mkdir(parents=True)
+    assert first_death(record) == ""
+    failures = [{"rank": 1, "exitcode": -9, "pid": 10}, {"rank": 0, "exitcode": 1, "pid": 9}]
+    (record / "torchrun" / "failures.json").write_text(json.dumps({"failures": failures}))
+    assert judge(tmp_path, died=first_death(record)).reason == "rank 1 died of SIGKILL"
+    write_rank_status(tmp_path, 0, Status("failed", 1, 11, "lost rank 1"))
+    assert judge(tmp_path, died=first_death(record)).reason == "rank 1 died of SIGKILL; rank 0: lost rank 1"
+    write_rank_status(tmp_path, 2, Status("failed", 3, 11, "bad shard"))
+    assert judge(tmp_path, died=first_death(record)).reason == "rank 2: bad shard"
+    failures[0]["exitcode"] = 1
+    (record / "torchrun" / "failures.json").write_text(json.dumps({"failures": failures}))
+    assert first_death(record) == ""
 
 
 def test_nothing_at_all_is_a_failure(tmp_path):
