@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from import_graph import REPO
+from import_graph import REPO, modules
 
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
 SHELL_LANGUAGES = ("bash", "sh", "shell", "console")
@@ -116,3 +116,9 @@ def test_the_tree_holds_no_private_words():
     """Documents speak of the project, not of how it was made."""
     for path in [*DOCUMENTS, REPO / "CHANGELOG.md", REPO / "Makefile"]:
         assert not re.search(r"/work/|\bTODO\b|\bFIXME\b", Path(path).read_text()), path
+
+
+def test_the_picture_of_the_imports_shows_every_room():
+    drawn = set(re.findall(r"<title>\.(\w+)</title>", (REPO / "docs" / "import-graph.svg").read_text()))
+    rooms = {name.split(".")[1] for name in modules() if name.startswith("trichord.")}
+    assert drawn == rooms, "draw it anew: docs/architecture.md says how"
