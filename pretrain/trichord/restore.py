@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import ItemLengths
-from trichord.checkpoints.load import check_shapes, load_weights, read_facts, resolve_checkpoint
+from trichord.checkpoints.load import check_shapes, load_weights, read_train_state, resolve_checkpoint
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError
 from trichord.encoders.lengths import audio_tokens, image_grid
@@ -39,8 +39,8 @@ def restore(path: Path) -> Restored:
         CheckpointError: there is none, it is damaged, or this version cannot build its model.
     """
     folder = resolve_checkpoint(path)
-    facts = read_facts(folder)
-    config = stored_config(folder, facts.train_state["config"])
+    facts = read_train_state(folder)
+    config = stored_config(folder, facts["config"])
     tokenizer_folder = _tokenizer_of(folder, config)
     tokenizer = load_tokenizer(tokenizer_folder)
     model = build_from_config(config, tokenizer, random_weights=False)
@@ -50,7 +50,7 @@ def restore(path: Path) -> Restored:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return Restored(model.eval(), config, tokenizer, tokenizer_folder, facts.step, folder)
+    return Restored(model.eval(), config, tokenizer, tokenizer_folder, int(facts["step"]), folder)
 
 
 def stored_config(folder: Path, fields: dict) -> RunConfig:

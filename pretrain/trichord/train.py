@@ -256,9 +256,7 @@ class Progress:
 
     def check(self, config: RunConfig, batch: StepBatch, recorder: Recorder) -> None:
         """Stop the run when too much data is bad or too many steps were not finite; the same on all ranks."""
-        check_bad_fraction(
-            self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records
-        )
+        check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
         if self.skipped_in_a_row:
             ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()][:64]
             recorder.event("skipped_step", self.step, samples_of_rank_0=ids)

@@ -31,7 +31,7 @@ class Ranks:
         self._queue = _CONTEXT.SimpleQueue()
         port = _free_port()
         self._processes = [
-            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, port, self._queue, target, args), daemon=True)
+            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, port, self._queue, target, args))
             for rank in range(world_size)
         ]
         for process in self._processes:

@@ -122,7 +122,7 @@ def save_twice(folder: str, victim: int, how: str):
     config = engine_config(1)
     facts, engine, stepper = tiny.make_stepper(config, 1)
     tiny.train_steps(facts, engine, stepper, config, 1, range(1))
-    saver = CheckpointSaver(Path(folder), CheckpointsConfig(commit_timeout_s=4), "a")
+    saver = CheckpointSaver(Path(folder), CheckpointsConfig(commit_timeout_s=30), "a")
     saver.begin(engine, 1, {"progress": {}}, loader_state(1))
     assert saver.finish()
     if facts.rank == victim:

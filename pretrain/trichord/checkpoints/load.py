@@ -97,9 +97,14 @@ def incomplete_reason(path: Path) -> str | None:
     return None
 
 
+def read_train_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config."""
+    return read_json(folder / "train_state.json")
+
+
 def read_facts(folder: Path) -> LoadedState:
     """Everything of a checkpoint but its tensors."""
-    state = read_json(folder / "train_state.json")
+    state = read_train_state(folder)
     return LoadedState(folder, int(state["step"]), state, LoaderState.from_json(read_json(folder / "loader.json")))
 
 
@@ -129,9 +134,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {name: reader.read_full(name) for name in reader.shapes}
 
 
-def check_shapes(
-    folder: Path, stored: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]
-) -> None:
+def check_shapes(folder: Path, stored: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> None:
     """Raise unless both have the same parameters.
 
     Raises:
@@ -139,7 +142,9 @@ def check_shapes(
     """
     missing = sorted(set(model) - set(stored))
     extra = sorted(set(stored) - set(model))
-    other = [f"{n} {stored[n]} there, {model[n]} here" for n in sorted(set(model) & set(stored)) if stored[n] != model[n]]
+    other = [
+        f"{n} {stored[n]} there, {model[n]} here" for n in sorted(set(model) & set(stored)) if stored[n] != model[n]
+    ]
     if not (missing or extra or other):
         return
     parts = []

@@ -64,6 +64,7 @@ class CheckpointSaver:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob("step-*.partial-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
+        dist.barrier()  # before any rank can have begun a save that this would remove
 
     def begin(self, engine: Any, step: int, train_state: dict[str, Any], loader_state: LoaderState) -> None:
         """Take a snapshot of the state after `step` steps and write it in the background. A save still in flight is

@@ -92,7 +92,9 @@ class PeerWatch:
                 beat = self._store.get(f"beat/{peer}") if self._store.check([f"beat/{peer}"]) else b""
             except Exception as error:  # the store lives in another process of the job, which is gone
                 if not self._stopping.is_set():
-                    self._leave(f"the job's store does not answer any more ({type(error).__name__}): its host process died")
+                    self._leave(
+                        f"the job's store does not answer any more ({type(error).__name__}): its host process died"
+                    )
                 return
             now = time.monotonic()
             if beat != last_beat:

@@ -36,4 +36,6 @@ def embed_source(
             if modality == "text":
                 embeds = embeds[with_text]
             found.append((embeds, batch.group_ids[segments[modality]]))
-    return {m: Embedded(torch.cat([e for e, _ in found]), torch.cat([g for _, g in found])) for m, found in parts.items()}
+    return {
+        m: Embedded(torch.cat([e for e, _ in found]), torch.cat([g for _, g in found])) for m, found in parts.items()
+    }

@@ -90,9 +90,7 @@ def _retrieval(subject: Subject, sources: dict[str, SourceConfig], task: SuiteTa
         gallery = embed_source(subject.model, subject.read(sources[task.gallery], plain), subject.device, (target,))
         found = {query: found[query], target: gallery[target]}
     for k in RECALL_AT:
-        recall = recall_at_k(
-            found[query].embeds, found[target].embeds, found[query].groups, found[target].groups, k
-        )
+        recall = recall_at_k(found[query].embeds, found[target].embeds, found[query].groups, found[target].groups, k)
         yield f"retrieval/{query}-{target}/R@{k}", recall.value, recall.chance, recall.queries
 
 

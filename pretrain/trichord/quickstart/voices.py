@@ -108,7 +108,9 @@ def _download(voice: VoicePackage, folder: Path) -> Path:
         _run(["apt-get", "download", "-qq", voice.package], folder)
         found = sorted(folder.glob(f"{voice.package}_*.deb"))
     if not found:
-        raise DataError(f"apt-get download {voice.package} left no file in {folder}; run `apt-get update` and try again")
+        raise DataError(
+            f"apt-get download {voice.package} left no file in {folder}; run `apt-get update` and try again"
+        )
     digest = hashlib.sha256(found[-1].read_bytes()).hexdigest()
     if digest != voice.sha256:
         raise DataError(
@@ -121,7 +123,9 @@ def _download(voice: VoicePackage, folder: Path) -> Path:
 def _run(command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode != 0:
-        raise DataError(f"`{' '.join(command)}` failed: {done.stderr.strip().splitlines()[-1:]}; run `apt-get update` first")
+        raise DataError(
+            f"`{' '.join(command)}` failed: {done.stderr.strip().splitlines()[-1:]}; run `apt-get update` first"
+        )
 
 
 def _read_voice(voice: VoicePackage, digits: Path) -> list[SpokenDigit]:
