@@ -25,7 +25,7 @@ def tiny_world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def imported() -> None:
     """What training imports, once, in the parent of all forks."""
-    for name in ("deepspeed", "trichord.train", "trichord.evaluate", "trichord.release.export"):
+    for name in ("deepspeed", "timm", "wandb", "trichord.train", "trichord.evaluate", "trichord.release.export"):
         importlib.import_module(name)
 
 

@@ -1,0 +1,133 @@
+"""Every verb does its work once, on a tiny run."""
+
+import json
+import shutil
+
+import pytest
+from cli_world import in_a_fork, png, wav
+
+from trichord.cli import main
+
+SUITE = """\
+name: tiny
+sources:
+  - {name: things, shards: shards/*.tar}
+tasks:
+  - {kind: retrieval, source: things, pair: image-text}
+"""
+
+
+@pytest.fixture
+def world(tiny_world, tmp_path, monkeypatch):
+    """A copy of the tiny world, and the place to be."""
+    folder = tmp_path / "world"
+    shutil.copytree(tiny_world, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_world, tmp_path):
+    folder = tmp_path / "world"
+    shutil.copytree(finished_world, folder)
+    return folder
+
+
+def run(folder, *arguments: str) -> str:
+    ended = in_a_fork(list(arguments), folder)
+    assert ended.code == 0, ended.stderr
+    return ended.stdout
+
+
+def test_config_verbs(world, capsys):
+    assert main(["config", "show", "c.yaml", "engine.lr=2e-5", "run.name=x"]) == 0
+    (world / "shown.yaml").write_text(capsys.readouterr().out)
+    assert main(["config", "check", "shown.yaml", "c.yaml"]) == 2  # the second is no override
+    assert main(["config", "check", "shown.yaml"]) == 0
+    assert "valid config of run 'x'" in capsys.readouterr().out
+    for kind in ("run", "suite", "cluster"):
+        assert main(["config", "schema", "--of", kind]) == 0
+        assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+def test_a_new_config_keeps_the_comments_and_takes_the_name(world, capsys):
+    assert main(["config", "new", "mine.yaml", "--like", "runs/one-billion-8gpu.yaml"]) == 0
+    assert capsys.readouterr().out == "mine.yaml\n"
+    text = (world / "mine.yaml").read_text()
+    assert 'name: "mine"' in text
+    assert text.startswith("# ")
+    assert main(["config", "check", "mine.yaml"]) == 0
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2
+    assert main(["data", "build", "--help"]) == 0
+    assert "--samples-per-shard" in capsys.readouterr().out
+
+
+def test_data_verbs_go_from_files_to_shards_to_a_tokenizer(world, capsys):
+    (world / "pairs").mkdir()
+    for i in range(3):
+        (world / "pairs" / f"{i}.png").write_bytes(png(i))
+        (world / "pairs" / f"{i}.wav").write_bytes(wav())
+        (world / "pairs" / f"{i}.txt").write_text(f"word{i} again")
+    assert main(["data", "build", "pairs", "--out", "mine", "--samples-per-shard", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["mine/shard-000000.tar", "mine/shard-000001.tar"]
+    (world / "mine" / "shard-000000.len").unlink()
+    assert main(["data", "index", "mine/*.tar", "--workers", "1"]) == 0
+    assert "2 shards, 3 samples, 0 damaged" in capsys.readouterr().out
+    assert (world / "mine" / "shard-000000.len").is_file()
+    assert main(["data", "tokenizer", "mine", "--out", "words", "--kind", "word", "--vocab-size", "32"]) == 0
+    assert set(json.loads((world / "words" / "tokenizer.json").read_text())["model"]["vocab"]) > {"word0", "again"}
+
+
+def test_a_table_becomes_shards(world, capsys):
+    (world / "a.png").write_bytes(png(1))
+    (world / "t.jsonl").write_text('{"image": "a.png", "text": "one", "score": 3}\n{"text": "two"}\n')
+    assert main(["data", "build", "t.jsonl", "--out", "mine", "--prefix", "t"]) == 0
+    assert capsys.readouterr().out == "mine/t-000000.tar\n"
+
+
+def test_training_goes_on_with_the_same_command(finished):
+    run(finished, "train", "c.yaml", "run.max_steps=3")
+    steps = [json.loads(line)["step"] for line in (finished / "runs/demo/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert json.loads((finished / "runs/demo/status.json").read_text())["outcome"] == "finished"
+
+
+def test_evaluate_prints_a_table_and_writes_json(finished):
+    (finished / "s.yaml").write_text(SUITE)
+    printed = run(finished, "evaluate", "runs/demo", "s.yaml", "--json", "out.json")
+    assert "image-text" in printed
+    metrics = json.loads((finished / "out.json").read_text())["metrics"]
+    assert all(0 <= row["value"] <= 1 for row in metrics.values())
+
+
+def test_export_writes_a_folder_that_a_new_run_starts_from(finished):
+    assert run(finished, "export", "runs/demo", "out") == "out\n"
+    assert (finished / "out" / "model.safetensors").is_file()
+    run(finished, "train", "c.yaml", "run.name=tuned", "run.init_from=out", "run.max_steps=1")
+
+
+def test_report_writes_one_page(finished):
+    assert run(finished, "report", "runs/demo") == "runs/demo/report.html\n"
+    assert "<html" in (finished / "runs/demo/report.html").read_text()
+
+
+def test_plan_shows_memory_and_writes_json(imported, world):
+    printed = run(world, "plan", "c.yaml", "--gpus", "4", "--json", "plan.json")
+    assert "PREDICTION" in printed
+    assert json.loads((world / "plan.json").read_text())["gpus"] == 4
+
+
+@pytest.mark.slow
+def test_track_sync_rebuilds_an_offline_run(finished):
+    assert "2 steps" in run(finished, "track", "sync", "runs/demo")
+    assert list((finished / "runs/demo/wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+def test_bench_kernels_prints_rows(imported, world):
+    assert "log_mel" in run(world, "bench", "kernels", "--json", "rows.json")
+    assert json.loads((world / "rows.json").read_text())
