@@ -93,7 +93,7 @@ def _figure(unit: str):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#9aa3ad")
-    axes.tick_params(colors="#48515b", labelsize=8)
+    axes.tick_params(which="both", colors="#48515b", labelsize=8)
     axes.set_xlabel("step", fontsize=8, color="#48515b")
     axes.set_ylabel(unit, fontsize=8, color="#48515b")
     axes.margins(x=0.01)
