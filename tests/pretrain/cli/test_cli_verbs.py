@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from cli_world import in_a_fork, png, wav
@@ -94,6 +95,17 @@ def test_training_goes_on_with_the_same_command(finished):
     steps = [json.loads(line)["step"] for line in (finished / "runs/demo/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     assert json.loads((finished / "runs/demo/status.json").read_text())["outcome"] == "finished"
+
+
+def test_rank_0_looks_at_the_run_folder_before_torch_is_loaded(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    monkeypatch.setitem(sys.modules, "trichord.train", None)
+    assert main(["train", "c.yaml", "run.seed=9"]) == 4
+    assert "run.seed: 0 in the run, 9 now" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # may come when rank 0 has begun to write there: it must not judge
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModuleNotFoundError):
+        main(["train", "c.yaml", "run.seed=9"])
 
 
 def test_evaluate_prints_a_table_and_writes_json(finished):

@@ -119,6 +119,11 @@ def test_a_folder_with_only_a_launchers_logs_is_still_fresh(config, tmp_path):
     assert (folder.kind, folder.attempt) == ("fresh", 2)
 
 
+def test_two_starts_never_share_an_attempt(config, monkeypatch):
+    monkeypatch.setattr(identity, "_next_attempt", lambda path: 1)  # both looked before either wrote
+    assert [prepare_run_folder(config()).attempt for _ in range(3)] == [1, 2, 3]
+
+
 def test_never_refuses_a_folder_that_holds_a_run(config):
     prepare_run_folder(config())
     with pytest.raises(ConfigError, match=r"exists and run\.resume is never"):
