@@ -67,6 +67,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, image: ImageConfig):
         super().__init__()
+        self.config = config
         self.backbone = create_backbone(config, image.size)
         self.grid = patch_grid(self.backbone, config.name, image.size)
         self.image_size = image.size
@@ -91,6 +92,19 @@ class VisionTower(nn.Module):
     def placeholder(self, device: torch.device) -> Tensor:
         """One grey image (1, 3, S, S) uint8, for a micro-batch without any."""
         return torch.full((1, 3, self.image_size, self.image_size), 128, dtype=torch.uint8, device=device)
+
+    @torch.no_grad()
+    def refill_buffers(self) -> None:
+        """Compute the buffers that no checkpoint holds (rotary tables) anew; after a build on the meta device they are
+        empty."""
+        with torch.device("cpu"):
+            fresh = create_backbone(self.config, self.image_size).float()
+        kept = fresh.state_dict().keys()
+        for name, buffer in fresh.named_buffers():
+            if name not in kept:
+                owner, _, leaf = name.rpartition(".")
+                module = self.backbone.get_submodule(owner)
+                module._buffers[leaf] = buffer.to(module._buffers[leaf].device)
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute blocks in the backward pass (non-reentrant, timm's default)."""

@@ -32,9 +32,14 @@ def whisper_config(config: AudioEncoderConfig) -> WhisperConfig:
         "encoder_layers": config.num_layers,
         "encoder_attention_heads": config.num_heads,
         "num_mel_bins": config.mel.n_mels,
+        # Not in the leaf, and the same in every Whisper; an export is built again from the leaf alone.
+        "encoder_ffn_dim": 4 * config.hidden_size,
+        "max_source_positions": 1500,
+        "activation_function": "gelu",
+        "scale_embedding": False,
     }
     if config.weights is None:
-        return _without_dropout(WhisperConfig(**sizes, encoder_ffn_dim=4 * config.hidden_size))
+        return _without_dropout(WhisperConfig(**sizes))
     if not (Path(config.weights) / "config.json").is_file():
         raise ConfigError(
             f"encoders.audio.weights: expected a transformers Whisper folder, no config.json in {config.weights}"

@@ -62,9 +62,17 @@ class TrichordPreTrainedModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Our modules come initialised. Only what a checkpoint lacked, after a build on the meta device, is left to do.
+        # Our modules come initialised. After a build on the meta device, what a checkpoint lacked is left to do.
         if self._shapes_only:
             super()._init_weights(module)
+
+    def initialize_weights(self) -> None:
+        """As transformers calls it once the weights are in; then the tables of the vision tower that no file holds."""
+        super().initialize_weights()
+        if self._shapes_only and self.model.vision is not None:
+            buffers = list(self.model.vision.buffers())
+            if buffers and not any(buffer.is_meta for buffer in buffers):
+                self.model.vision.refill_buffers()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """(I, 3, S, S) uint8 -> the vision tower's tokens (I, P, D)."""

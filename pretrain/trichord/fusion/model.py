@@ -30,6 +30,7 @@ from trichord.fusion.splice import rows_in_stream, select_rows, splice
 from trichord.fusion.trunk import build_trunk, padded_vocab_size, run_packed
 from trichord.layers.config import LayersConfig
 from trichord.layers.recompute import recompute_layers
+from trichord.layers.selection import select_kernels
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
 
@@ -230,6 +231,7 @@ def build_model(
     Raises:
         ConfigError: unknown model names, options or weights that do not fit.
     """
+    select_kernels(layers.kernels)
     trunk = build_trunk(fusion.trunk, vocab_size, special) if fusion.trunk else None
     model = assemble_model(encoders, fusion, objectives, samples, trunk, vocab_size, special)
     frozen = {"vision": encoders.vision, "audio": encoders.audio, "text": encoders.text, "trunk": fusion.trunk}

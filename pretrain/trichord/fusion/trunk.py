@@ -35,7 +35,7 @@ def trunk_config(config: TrunkConfig, vocab_size: int, special: Mapping[str, int
     special: token ids by name; of these pad_id, bos_id and eos_id matter here.
 
     Raises:
-        ConfigError: the checkpoint is of another family, or its vocabulary is smaller and it cannot be told which.
+        ConfigError: there is no checkpoint, or it is of a kind that is not supported.
     """
     from transformers import LlamaConfig, Qwen3Config
 
@@ -106,9 +106,23 @@ def _load_released(config: TrunkConfig, vocab_size: int) -> nn.Module:
 
     rows = _released_config(config).vocab_size
     name, arguments = _hub_arguments(str(config.weights))
-    trunk = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, **arguments
-    )
+    try:
+        trunk, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"fusion.trunk.weights {config.weights!r} cannot be loaded: {error}") from error
+    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]}
+    if problems:  # transformers would fill these with random numbers and only warn
+        raise ConfigError(
+            f"fusion.trunk.weights {config.weights!r} is incomplete: "
+            + ", ".join(f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]})" for kind, keys in problems.items())
+        )
     if rows < padded_vocab_size(vocab_size):
         trunk.resize_token_embeddings(padded_vocab_size(vocab_size))
     return trunk

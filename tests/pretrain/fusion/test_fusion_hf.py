@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
-from tiny_trichord import ENCODERS, FUSION, OBJECTIVES, SAMPLES, SPECIAL, VOCAB_SIZE, Item, tiny_batch, tiny_model
+from tiny_trichord import (
+    ENCODERS,
+    FUSION,
+    OBJECTIVES,
+    SAMPLES,
+    SPECIAL,
+    VISION,
+    VOCAB_SIZE,
+    Item,
+    tiny_batch,
+    tiny_model,
+)
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trichord.fusion.config import FusionConfig
 from trichord.fusion.hf import TrichordForConditionalGeneration, TrichordModel, wrap_model
 from trichord.fusion.hf_config import TrichordConfig
+from trichord.fusion.prompt import pad_left, pad_waveforms
 from trichord.objectives.config import ContrastiveConfig, ObjectivesConfig
 
 ITEMS = [
@@ -20,9 +35,9 @@ ITEMS = [
 ]
 
 
-def describe(model, fusion=FUSION, objectives=OBJECTIVES) -> TrichordConfig:
+def describe(model, fusion=FUSION, objectives=OBJECTIVES, encoders=ENCODERS) -> TrichordConfig:
     trunk = model.trunk.config if model.trunk is not None else None
-    return TrichordConfig.from_leaves(ENCODERS, fusion, objectives, SAMPLES, trunk, VOCAB_SIZE, SPECIAL)
+    return TrichordConfig.from_leaves(encoders, fusion, objectives, SAMPLES, trunk, VOCAB_SIZE, SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +133,25 @@ def test_beams_take_their_items_along(wrapped):
     assert together == [continuations(wrapped, [item], num_beams=3)[0] for item in ITEMS]
 
 
+def test_beams_of_rows_with_several_items(wrapped):
+    """Two images and two clips in the first row, none in the second, one image in the third; each row twice."""
+    image = [4] * 9
+    rows = [[1, *image, 9, *image, 5, 5, 9, 5, 5], [1, 9], [1, *image, 9]]
+    ids, _ = pad_left(rows, 0)
+    waveforms, lengths = pad_waveforms([torch.full((1200,), 7), torch.full((1100,), 8)])
+    expanded, items = wrapped._expand_inputs_for_generation(
+        expand_size=2,
+        input_ids=ids,
+        pixel_values=torch.tensor([10, 11, 12]),
+        waveforms=waveforms,
+        waveform_lengths=lengths,
+    )
+    assert expanded.tolist() == [row for row in ids.tolist() for _ in range(2)]
+    assert items["pixel_values"].tolist() == [10, 11, 10, 11, 12, 12]
+    assert items["waveforms"][:, 0].tolist() == [7, 8, 7, 8]
+    assert items["waveform_lengths"].tolist() == [1200, 1100, 1200, 1100]
+
+
 def test_never_generates_marks_or_unused_rows(wrapped):
     never = set(wrapped.generation_config.suppress_tokens)
     assert never == {0, 1, 4, 5} | set(range(50, 56))
@@ -138,9 +172,15 @@ def test_loads_through_the_auto_classes(wrapped, saved, auto):
     assert continuations(loaded, ITEMS) == continuations(wrapped, ITEMS)
 
 
+@pytest.mark.parametrize("stored", [None, "float32"])
 @torch.no_grad()
-def test_loads_in_bf16_throughout(saved):
-    loaded = AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.bfloat16)
+def test_loads_in_bf16_throughout(saved, stored, tmp_path):
+    """Also where the trunk's config brings a dtype of its own, as one from a released checkpoint does."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["dtype"] = stored
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert len(continuations(loaded, ITEMS)) == len(ITEMS)
 
@@ -167,6 +207,20 @@ def test_a_model_without_a_trunk_loads_and_says_that_it_cannot_generate(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
     with pytest.raises(ValueError, match="has no trunk"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_vision_towers_with_tables_that_no_checkpoint_holds(tmp_path, name):
+    """Rotary tables and relative-position indices are buffers that transformers leaves empty."""
+    vision = VISION.model_copy(update={"name": name})
+    encoders = ENCODERS.model_copy(update={"vision": vision})
+    model = tiny_model(encoders).eval()
+    assert any(True for _ in model.buffers())
+    wrap_model(model, describe(model, encoders=encoders)).save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    batch = tiny_batch(ITEMS)
+    assert torch.equal(loaded.model.logits(batch), model.logits(batch))
 
 
 def test_items_that_do_not_fit_their_places_name_both_numbers(wrapped):
