@@ -25,5 +25,6 @@ class HostConstant:
         if device.type == "cpu":
             return self._host
         if device not in self._copies:
-            self._copies[device] = self._host.to(device, non_blocking=True)
+            with torch.inference_mode(False):  # a copy made in inference mode could not be used in training later
+                self._copies[device] = self._host.to(device, non_blocking=True)
         return self._copies[device]

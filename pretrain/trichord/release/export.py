@@ -79,7 +79,7 @@ def export_checkpoint(
     report = compare({n: tuple(p.shape) for n, p in model.named_parameters()}, weights)
     if not report.complete:
         raise CheckpointError(f"the weights are not those of the configured model: {report.summary()}")
-    _assign(model, {name: tensor.to(dtype) for name, tensor in weights.items()})
+    _assign(model, {name: tensor.detach().to(dtype) for name, tensor in weights.items()})
     partial = out_dir.with_name(f".{out_dir.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)

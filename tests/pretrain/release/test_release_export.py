@@ -237,7 +237,9 @@ def test_untied_and_without_a_trunk(tokenizer, tmp_path):
 
 
 def test_half_precision_exports_are_half_the_size(model, tokenizer, folder, tmp_path):
-    out = export_checkpoint(weights_of(model), leaves(), tokenizer, tmp_path / "m", dtype=torch.bfloat16)
+    live = dict(model.named_parameters())
+    out = export_checkpoint(live, leaves(), tokenizer, tmp_path / "m", dtype=torch.bfloat16)
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in live.values())
     assert (out / "model.safetensors").stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
     loaded = AutoModelForImageTextToText.from_pretrained(out)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
