@@ -61,6 +61,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def quickstart(
     prove: Annotated[bool, typer.Option(help="Also run undisturbed, and compare digests and losses.")] = False,
+    voices: Annotated[bool, typer.Option(help="Add seven voices from Debian packages (Debian, Ubuntu).")] = False,
+    data_only: Annotated[bool, typer.Option(help="Write the shards and stop.")] = False,
     steps: Annotated[int | None, typer.Option(min=4, help="Length of training; default: the config's.")] = None,
     root: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     data: Annotated[Path, typer.Option(help="Where the shards go.")] = Path("data/quickstart"),
@@ -68,7 +70,12 @@ def quickstart(
     """Real data -> shards -> train -> kill -> resume -> evaluate -> export -> report."""
     from trichord.quickstart.story import Quickstart
 
-    result = Quickstart(data=data, runs=root, steps=steps).walk(prove=prove)
+    walk = Quickstart(data=data, runs=root, steps=steps, voices=voices)
+    if data_only:
+        walk.build_data()
+        print(data)
+        return
+    result = walk.walk(prove=prove)
     _print_metrics(result["metrics"])
 
 

@@ -6,6 +6,7 @@ One loop serves pretraining, fine-tuning and the quick-start, on one process or 
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import time
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +44,8 @@ def run(config: RunConfig) -> int:
     """Train to the end, to a signal, or to an error, and leave the verdict in the run folder's status files.
 
     Returns:
-        The exit code: 0 finished, 75 stopped on a signal with a checkpoint.
+        The exit code: 0 finished, 75 stopped on a signal with a checkpoint. Under torchrun 0 for both: it takes any
+        other code of one rank for a crash and ends the rest; the verdict is in the status file.
 
     Raises:
         TrichordError: with its exit code, after the status was written.
@@ -51,7 +53,8 @@ def run(config: RunConfig) -> int:
     stop = StopFlag().install()
     verdict = Verdict(run_path(config))
     try:
-        return train(config, stop, verdict)
+        code = train(config, stop, verdict)
+        return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else code
     except BaseException as error:
         verdict.failed(error)
         raise
@@ -79,6 +82,9 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         from trichord.release.import_ import load_initial_weights
 
         load_initial_weights(model, config.run.init_from)
+
+    if config.engine.activation_checkpointing:
+        model.enable_activation_checkpointing()
 
     # Objectives, engine, checkpoints.
     layout = slot_layout(config, facts.world_size)

@@ -174,3 +174,25 @@ def save_twice_well(folder: str):
     for step in (1, 2):
         saver.begin(engine, step, {"progress": {}}, loader_state(step))
         assert saver.finish()
+
+
+def save_often(folder: str):
+    """Four saves with steps in between, as in a run: rank 0 commits while the others are elsewhere."""
+    config = engine_config(2)
+    facts, engine, stepper = tiny.make_stepper(config, 1)
+    saver = CheckpointSaver(Path(folder), CheckpointsConfig(keep_last=2), "a")
+    committed = []
+    for step in range(1, 9):
+        tiny.train_steps(facts, engine, stepper, config, 1, range(step, step + 1))
+        if step % 2 == 0:
+            saver.begin(engine, step, {"progress": {}}, loader_state(step))
+        committed.append(saver.poll())
+    assert saver.finish()
+    return [step for step in committed if step is not None]
+
+
+def test_saves_in_a_row_on_two_ranks_keep_the_newest(tmp_path):
+    by_rank = run_ranks(2, save_often, str(tmp_path))
+    assert by_rank[0], "rank 0 committed at a step boundary"
+    assert by_rank[1] == []
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000006", "step-000008"]

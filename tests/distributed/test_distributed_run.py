@@ -82,7 +82,9 @@ def test_resume_on_the_same_split_is_bit_for_bit(killed, undisturbed, data, tmp_
         pytest.param(3, ["engine.zero_stage=3", "batches.num_workers=2"], marks=pytest.mark.slow),
     ],
 )
-def test_resume_on_another_split_goes_on_with_the_next_sample(killed, undisturbed, data, tmp_path, world_size, overrides):
+def test_resume_on_another_split_goes_on_with_the_next_sample(
+    killed, undisturbed, data, tmp_path, world_size, overrides
+):
     folder = resume(killed[0], tmp_path, data, world_size, *overrides)
     assert digest(folder) == digest(undisturbed)
     ours, theirs = losses(folder), losses(undisturbed)

@@ -40,7 +40,9 @@ VOCAB = 32
 class Ids:
     """The ids of a tokenizer, for `build_row`."""
 
-    pad_id, bos_id, eos_id, image_id, audio_id = (SPECIAL[n] for n in ("pad_id", "bos_id", "eos_id", "image_id", "audio_id"))
+    pad_id, bos_id, eos_id, image_id, audio_id = (
+        SPECIAL[n] for n in ("pad_id", "bos_id", "eos_id", "image_id", "audio_id")
+    )
 
 
 ENCODERS = EncodersConfig.model_validate(
@@ -54,7 +56,16 @@ ENCODERS = EncodersConfig.model_validate(
     }
 )
 FUSION = FusionConfig.model_validate(
-    {"trunk": {"family": "llama", "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}}
+    {
+        "trunk": {
+            "family": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+        }
+    }
 )
 OBJECTIVES = ObjectivesConfig.model_validate({"next_token": {}, "contrastive": {"embed_dim": 8}})
 SAMPLES = SamplesConfig.model_validate({"image": {"size": IMAGE_SIZE}})

@@ -69,8 +69,7 @@ class CheckpointSaver:
     def begin(self, engine: Any, step: int, train_state: dict[str, Any], loader_state: LoaderState) -> None:
         """Take a snapshot of the state after `step` steps and write it in the background. A save still in flight is
         finished first. `train_state` is rank 0's; `loader_state` holds this rank's lanes."""
-        if self._running is not None:
-            self.finish()
+        self._settle()
         partial = self.folder / f"{checkpoint_name(step)}.partial-{self.attempt}"
         partial.mkdir(parents=True, exist_ok=True)
         tensors, index = self._snapshot(engine)
@@ -110,20 +109,28 @@ class CheckpointSaver:
         Returns:
             Whether the last save was committed, equal on all ranks.
         """
-        save = self._running
-        committed = True
-        if save is not None:
-            assert save.thread is not None
-            save.thread.join()
-            while self.rank == 0 and self._running is save:
-                self.poll()
-                time.sleep(0.02)
-            committed = self.last_step == save.step
-        self._running = None
+        committed = self._settle()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        agreed = torch.tensor([int(committed if self.rank == 0 else True)], device=device)
+        agreed = torch.tensor([int(committed)], device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         return bool(agreed.item())
+
+    def _settle(self) -> bool:
+        """Wait for this rank's part of the save in flight; on rank 0, until it is committed or abandoned.
+
+        No collective: rank 0 forgets a save when it commits it, the others only here, so they may not agree on whether
+        there is one. Returns False only on rank 0, if the save was abandoned.
+        """
+        save = self._running
+        if save is None:
+            return True
+        assert save.thread is not None
+        save.thread.join()
+        while self.rank == 0 and self._running is save:
+            self.poll()
+            time.sleep(0.02)
+        self._running = None
+        return self.rank != 0 or self.last_step == save.step
 
     def _snapshot(self, engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies in host buffers that are allocated once and reused, and this rank's part of the index."""

@@ -17,6 +17,7 @@ from trichord.config.environment import environment, git_state
 from trichord.config.load import load_run_config, resolved_yaml
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
+from trichord.core.status import current_attempt
 
 # Keys that may differ between a run and its continuation; `*` is any one part, a trailing `**` anything below.
 # They say how the work is laid out, how long it goes, how fast it learns, and what is recorded. Everything else decides
@@ -214,7 +215,13 @@ def _next_attempt(path: Path) -> int:
 
 
 def _claim_attempt(path: Path, attempt: int) -> int:
-    """Make `attempts/K` for the first free K from `attempt` on, so that two starts never share one."""
+    """Make `attempts/K` for the first free K from `attempt` on, so that two starts never share one.
+
+    A launcher has made its own already, and says which.
+    """
+    if given := current_attempt():
+        (path / "attempts" / str(given)).mkdir(parents=True, exist_ok=True)
+        return given
     (path / "attempts").mkdir(parents=True, exist_ok=True)
     while True:
         try:

@@ -7,7 +7,8 @@
   16 kHz and 16 bit.
 - words: `zero` to `nine`, `letter a` to `letter z`.
 
-Only scans are held out. There is one recording of each sound, so what is measured on speech is recall.
+Only scans are held out. There is one recording of each sound, so what is measured on speech is recall. With more
+voices (quickstart/voices.py) the digits of some speakers are trained on and those of others held out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -30,6 +31,8 @@ import numpy as np
 from trichord.batches.tokenizer import train_tokenizer
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.seed import derive_seed
+from trichord.quickstart.voices import RATE as VOICE_RATE
+from trichord.quickstart.voices import SpokenDigit
 from trichord.shards.index import load_header
 from trichord.shards.lanes import keyed_permutation
 from trichord.shards.writer import BuildRow, build_shards
@@ -40,10 +43,11 @@ HELD_OUT_FRAC = 0.2
 SCANS_ALONE_FRAC = 0.6
 """Of the training scans; the others come with the recording of their digit."""
 SPEECH_COPIES = 10
+HELD_OUT_SOURCES = ("scans-heldout", "voices-unseen")
 RATE = 16_000  # Hz
 SCALE = 4
 SPLITS_FILE = "splits.json"
-_FORMAT = "trichord-quickstart-1"
+_FORMAT = "trichord-quickstart-2"
 _SAMPLES_PER_SHARD = 256
 _VOCABULARY = 64  # an upper bound: 37 words and 6 special tokens
 
@@ -57,10 +61,12 @@ class Scan:
     pixels: np.ndarray
 
 
-def build_quickstart_data(out_dir: Path, seed: int) -> dict[str, Any]:
+def build_quickstart_data(out_dir: Path, seed: int, voices: Sequence[SpokenDigit] = ()) -> dict[str, Any]:
     """Write `SOURCE-00000N.tar` with sidecars, `splits.json`, `texts.txt` and `tokenizer/` to `out_dir`.
 
-    The same seed and package versions give the same bytes. A folder that holds exactly this is used again.
+    The same seed and package versions give the same bytes. A folder that holds exactly this is used again. `voices`
+    adds their digits to `speech-train`, or, where unseen, to a source `voices-unseen` of their own; all are labelled with
+    the English word of the digit, whatever the language.
 
     Returns:
         What `splits.json` holds: seed, packages, texts, and per source its shards with their hashes, how many samples,
@@ -71,12 +77,12 @@ def build_quickstart_data(out_dir: Path, seed: int) -> dict[str, Any]:
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
-        return _reused(out_dir, seed)
+        return _reused(out_dir, seed, voices)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        splits = _write(partial, seed)
+        splits = _write(partial, seed, voices)
         partial.rename(out_dir)  # also over an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +90,8 @@ def build_quickstart_data(out_dir: Path, seed: int) -> dict[str, Any]:
 
 
 def word_of(recording: str) -> str:
-    """The text of a recording: `7` -> `seven`, `A` -> `letter a`."""
+    """The text of a recording: `7` -> `seven`, `A` -> `letter a`, `carlo-it/7` -> `seven`."""
+    recording = recording.rpartition("/")[2]
     return DIGIT_WORDS[int(recording)] if recording.isdigit() else f"letter {recording.lower()}"
 
 
@@ -135,11 +142,14 @@ def split_scans(scans: list[Scan], seed: int) -> dict[str, list[Scan]]:
     return {name: _shuffled(part, seed, name) for name, part in parts.items()}
 
 
-def _write(folder: Path, seed: int) -> dict[str, Any]:
+def _write(folder: Path, seed: int, voices: Sequence[SpokenDigit]) -> dict[str, Any]:
     recordings = read_recordings()
     sounds = {name: _wav(samples) for name, samples in recordings.items()}
     parts = split_scans(read_scans(), seed)
-    digits, copies = list(string.digits), _shuffled(list(RECORDING_NAMES) * SPEECH_COPIES, seed, "speech-train")
+    clips = _voice_clips(voices)
+    sounds |= {name: clip for name, (clip, _) in clips.items()}
+    seen = [*RECORDING_NAMES, *(name for name, (_, unseen) in clips.items() if not unseen)]
+    digits, copies = list(string.digits), _shuffled(seen * SPEECH_COPIES, seed, "speech-train")
     rows = {
         "scans-train": _scan_rows(parts["scans-train"], {}),
         "pairs-train": _scan_rows(parts["pairs-train"], sounds),
@@ -150,15 +160,18 @@ def _write(folder: Path, seed: int) -> dict[str, Any]:
     }
     used: dict[str, list[str]] = {
         "pairs-train": digits,
-        "speech-train": list(RECORDING_NAMES),
+        "speech-train": seen,
         "gallery": digits,
         "speech-known": list(RECORDING_NAMES),
     }
+    unseen = [name for name, (_, held_out) in clips.items() if held_out]
+    if unseen:
+        rows["voices-unseen"], used["voices-unseen"] = _speech_rows(unseen, sounds), unseen
     sources = {}
     for name, source_rows in rows.items():
         shards = [Path(path) for path in build_shards(source_rows, folder, name, _SAMPLES_PER_SHARD)]
         sources[name] = {
-            "held_out": name == "scans-heldout",
+            "held_out": name in HELD_OUT_SOURCES,
             "samples": _count_samples(shards),
             "scans": sorted(scan.number for scan in parts.get(name, [])),
             "recordings": used.get(name, []),
@@ -169,6 +182,7 @@ def _write(folder: Path, seed: int) -> dict[str, Any]:
     train_tokenizer(texts, "word", _VOCABULARY, folder / "tokenizer")
     packages = {name: version(name) for name in ("scikit-learn", "captcha")}
     splits = {"format": _FORMAT, "seed": seed, "packages": packages, "texts": texts, "sources": sources}
+    splits["voices"] = _speakers(voices)
     (folder / SPLITS_FILE).write_text(json.dumps(splits, indent=1) + "\n")
     return splits
 
@@ -188,7 +202,29 @@ def _scan_rows(scans: list[Scan], sounds: dict[str, bytes]) -> Iterator[BuildRow
 def _speech_rows(names: list[str], sounds: dict[str, bytes]) -> Iterator[BuildRow]:
     for place, name in enumerate(names):
         meta = json.dumps({"recording": name}).encode()
-        yield BuildRow(f"speech-{place:04d}-{name}", {"wav": sounds[name], "txt": word_of(name).encode(), "json": meta})
+        yield BuildRow(
+            f"speech-{place:04d}-{name.replace('/', '-')}",
+            {"wav": sounds[name], "txt": word_of(name).encode(), "json": meta},
+        )
+
+
+def _voice_clips(voices: Sequence[SpokenDigit]) -> dict[str, tuple[bytes, bool]]:
+    """`SPEAKER/DIGIT` -> (WAV bytes at `RATE`, unseen)."""
+    from scipy.signal import resample_poly
+
+    clips = {}
+    for clip in voices:
+        samples = np.clip(np.round(resample_poly(clip.waveform, RATE, VOICE_RATE) * 32767), -32768, 32767)
+        clips[f"{clip.speaker}/{clip.digit}"] = (_wav(samples.astype(np.int16)), clip.unseen)
+    return clips
+
+
+def _speakers(voices: Sequence[SpokenDigit]) -> dict[str, list[str]]:
+    """Names of the speakers trained on and of the unseen ones."""
+    return {
+        "trained": sorted({clip.speaker for clip in voices if not clip.unseen}),
+        "unseen": sorted({clip.speaker for clip in voices if clip.unseen}),
+    }
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -219,11 +255,11 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _reused(out_dir: Path, seed: int) -> dict[str, Any]:
+def _reused(out_dir: Path, seed: int, voices: Sequence[SpokenDigit]) -> dict[str, Any]:
     """What a finished earlier call left in the folder, if nothing of it has changed."""
     try:
         splits = json.loads((out_dir / SPLITS_FILE).read_text())
-        same = (splits["format"], splits["seed"]) == (_FORMAT, seed) and all(
+        same = (splits["format"], splits["seed"], splits["voices"]) == (_FORMAT, seed, _speakers(voices)) and all(
             _sha256(out_dir / name) == digest
             for source in splits["sources"].values()
             for name, digest in source["shards"].items()
@@ -232,7 +268,7 @@ def _reused(out_dir: Path, seed: int) -> dict[str, Any]:
         same, splits = False, {}
     if not same:
         raise ConfigError(
-            f"{out_dir} is not empty and does not hold the quick-start's data for seed {seed}; remove it "
+            f"{out_dir} is not empty and does not hold the quick-start's data for seed {seed} and these voices; remove it "
             f"(rm -r {out_dir}) or choose another folder"
         )
     return splits

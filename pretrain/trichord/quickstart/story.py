@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 CONFIG = "runs/quickstart.yaml"
 SUITE = "suites/quickstart.yaml"
+VOICES_SUITE = "suites/quickstart-voices.yaml"
 COMPARED_STEPS = 20
 
 
@@ -27,13 +28,14 @@ COMPARED_STEPS = 20
 class Quickstart:
     """One walk down the road.
 
-    data: shards and tokenizer; runs: run folders. steps: length of training. The run is killed at its first
-    checkpoint at or after half of that.
+    data: shards and tokenizer; runs: run folders. steps: length of training; None: the config's. The run is killed
+    after its checkpoint at half of that. voices: add the speakers of quickstart/voices.py.
     """
 
     data: Path = Path("data/quickstart")
     runs: Path = Path("runs")
     steps: int | None = None
+    voices: bool = False
     say: Callable[[str], None] = print
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class Quickstart:
             raise ConfigError(f"{self.run} exists; remove it (rm -r {self.run}) to walk the road again")
         quiet_environment()
         self.run.parent.mkdir(parents=True, exist_ok=True)
-        facts = self._stage("data", "real data from installed packages -> tar shards", self._build_data)
+        self._stage("data", "real data from installed packages -> tar shards", self.build_data)
         total = self.steps or self._config_steps()
         every = max(1, total // 4)
         killed_at = self._stage(
@@ -62,7 +64,7 @@ class Quickstart:
         if prove:
             proof = self._stage("prove", "the same run undisturbed, and resumed", lambda: self._prove(total, every))
         self._stage("resume", f"1 process goes on from step {killed_at}", lambda: self._resume(total, every))
-        metrics = self._stage("evaluate", "held-out scans, known recordings", lambda: self._evaluate(facts))
+        metrics = self._stage("evaluate", "held-out scans, known recordings", self._evaluate)
         self._stage("export", "Hugging Face format", self._export)
         captions = self._stage("caption", "load the export, caption held-out scans", self._caption)
         result = {"metrics": metrics, **proof, "captions": captions, "seconds": self.seconds}
@@ -83,10 +85,13 @@ class Quickstart:
         self.say(f"[{name}] done in {self.seconds[name]:.1f} s")
         return result
 
-    def _build_data(self) -> dict[str, Any]:
+    def build_data(self) -> dict[str, Any]:
+        """The shards, alone: for the debug configs, which train on them."""
         from trichord.quickstart.dataset import build_quickstart_data
+        from trichord.quickstart.voices import fetch_voices
 
-        return build_quickstart_data(self.data, seed=0)
+        voices = fetch_voices(self.data.parent / "voices") if self.voices else []
+        return build_quickstart_data(self.data, seed=0, voices=voices)
 
     def _config_steps(self) -> int:
         from trichord.config.load import load_run_config
@@ -139,22 +144,25 @@ class Quickstart:
         rows = [row for row in read_metrics(folder) if row["step"] > after_step and "train/loss" in row]
         return [row["train/loss"] for row in rows[:COMPARED_STEPS]]
 
-    def _evaluate(self, facts: dict[str, Any]) -> dict[str, Any]:
-        from trichord.evaluation.suite import evaluate
+    def _evaluate(self) -> dict[str, Any]:
+        from trichord.evaluate import evaluate
         from trichord.quickstart.baseline import pixel_baseline
 
         overrides = {source: f"{self.data}/{source}-*.tar" for source in EVALUATION_SOURCES}
-        metrics = evaluate(self.run, SUITE, shards=overrides)["metrics"]
+        metrics = evaluate(self.run, VOICES_SUITE if self.voices else SUITE, shards=overrides)["metrics"]
         baseline = pixel_baseline(self.data)
         for name in SCAN_METRICS:
-            if name in metrics:
-                metrics[name]["baseline"] = baseline
+            metrics[name]["baseline"] = baseline
         return metrics
 
     def _export(self) -> None:
         from trichord.release.export import export_checkpoint
+        from trichord.restore import restore
 
-        export_checkpoint(resolve_checkpoint(self.run), self.run / "export")
+        restored = restore(self.run)
+        weights = dict(restored.model.named_parameters())
+        facts = {"run": restored.config.run.name, "step": restored.step}
+        export_checkpoint(weights, restored.config, restored.tokenizer, self.run / "export", facts=facts)
 
     def _caption(self) -> list[dict[str, str]]:
         from trichord.quickstart.captions import caption_scans
@@ -168,5 +176,5 @@ class Quickstart:
 
 
 TRAIN_SOURCES = ("scans-train", "pairs-train", "speech-train")
-EVALUATION_SOURCES = ("scans-heldout", "gallery", "speech-known")
-SCAN_METRICS = ("image-text R@1", "caption from image exact match")
+EVALUATION_SOURCES = ("scans-heldout", "gallery", "speech-known", "voices-unseen")
+SCAN_METRICS = ("retrieval/image-text/R@1 (scans-heldout)", "caption/image/exact_match (scans-heldout)")

@@ -54,6 +54,9 @@ def jitter_square(image: Image.Image, config: ImageConfig, rng: np.random.Genera
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
 
 
+_NOISE_RANGE_DB = 40  # down to next to nothing: a model that never hears a clean clip takes one for something new
+
+
 def jitter_waveform(waveform: np.ndarray, config: AudioConfig, rng: np.random.Generator) -> np.ndarray:
     """Change speed, gain and noise of float32 (n,) as configured. The length stays n: a faster clip ends in silence, a
     slower one loses its end, because the length was promised when the row was planned."""
@@ -64,7 +67,8 @@ def jitter_waveform(waveform: np.ndarray, config: AudioConfig, rng: np.random.Ge
     if config.gain_db:
         waveform = waveform * np.float32(10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20))
     if config.noise_db is not None:
-        level = math.sqrt(float(np.mean(np.square(waveform, dtype=np.float64)))) * 10 ** (config.noise_db / 20)
+        loudness = math.sqrt(float(np.mean(np.square(waveform, dtype=np.float64))))
+        level = loudness * 10 ** (rng.uniform(config.noise_db - _NOISE_RANGE_DB, config.noise_db) / 20)
         waveform = waveform + np.float32(level) * rng.standard_normal(len(waveform), dtype=np.float32)
     return waveform
 

@@ -38,7 +38,7 @@ class AudioConfig(Leaf):
     gain_db: float = Field(default=0.0, ge=0, le=40)
     """Training only: gain drawn from +-this."""
     noise_db: float | None = Field(default=None, le=0)
-    """Training only: white noise at this level relative to the clip; null: none."""
+    """Training only: white noise at most this loud relative to the clip, drawn from 40 dB below it; null: none."""
 
 
 class TextConfig(Leaf):
