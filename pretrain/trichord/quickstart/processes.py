@@ -21,8 +21,9 @@ WAIT_LIMIT_S = 600.0
 
 
 def train_here(arguments: list[str], output: Path) -> None:
-    """`trichord train ...` in one process; raises TrichordError with the end of its output if it fails."""
-    _run([sys.executable, "-m", "trichord.cli", "train", *arguments], output)
+    """`trichord train ...` in one process on all cores; raises TrichordError with the end of its output if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    _run([sys.executable, "-m", "trichord.cli", "train", *arguments], output, environment)
 
 
 def train_by_launcher(arguments: list[str], procs: int, output: Path) -> None:
@@ -62,9 +63,11 @@ def _launch_command(arguments: list[str], procs: int) -> list[str]:
     return [sys.executable, "-m", "trichord_launch.cli", "local", *arguments, "--procs", str(procs)]
 
 
-def _run(command: list[str], output: Path) -> None:
+def _run(command: list[str], output: Path, environment: dict[str, str] | None = None) -> None:
     with open(output, "wb") as sink:
-        done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, timeout=WAIT_LIMIT_S, check=False)
+        done = subprocess.run(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, timeout=WAIT_LIMIT_S, check=False
+        )
     if done.returncode != 0:
         raise TrichordError(f"`{' '.join(command)}` left with {done.returncode}:\n{_tail(output)}\nall of it: {output}")
 

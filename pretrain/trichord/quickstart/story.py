@@ -132,7 +132,9 @@ class Quickstart:
         }
 
     def _resume(self, total: int, every: int) -> None:
-        train_here(self._arguments(self.run.name, total, every), self.runs / "quickstart.resume.log")
+        # Another world size, another ZeRO stage, another number of micro-steps: the run does not notice.
+        split = ["engine.zero_stage=0", "batches.micro_rows=8"]
+        train_here([*self._arguments(self.run.name, total, every), *split], self.runs / "quickstart.resume.log")
 
     def _digest(self, folder: Path) -> str:
         manifest = resolve_checkpoint(folder) / "manifest.json"
