@@ -67,7 +67,7 @@ def stored_config(folder: Path, fields: dict) -> RunConfig:
 
 
 def build_from_config(config: RunConfig, tokenizer: TextTokenizer, random_weights: bool = True) -> Trichord:
-    """The model of a run config. `random_weights=False`: every weight will be overwritten, so none is read from disk."""
+    """The model of a run config. `random_weights=False`: all weights will be overwritten, so none is read from disk."""
     encoders, fusion = config.encoders, config.fusion
     if not random_weights:
         encoders, fusion = _without_weights(config)

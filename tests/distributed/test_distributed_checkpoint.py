@@ -98,7 +98,7 @@ def load_and_train(folder: str, stage: int):
     ],
 )
 def test_any_split_loads_what_any_other_wrote(tmp_path, writer, readers):
-    """(world size, stage): weights, both moments, step and hyperparameters equal bit for bit; training goes on alike."""
+    """(world size, stage): weights, moments, step and hyperparameters equal bit for bit; training goes on alike."""
     world_size, stage = writer
     results = run_ranks(world_size, train_and_save, str(tmp_path), stage)
     written = whole([state for state, _ in results])

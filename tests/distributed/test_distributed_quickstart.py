@@ -17,7 +17,9 @@ def walked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     command = [sys.executable, "-m", "trichord.cli", "quickstart", "--prove", "--steps", str(STEPS)]
     environment = {**os.environ, "WANDB_MODE": "offline"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=290, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=290, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, done.stdout
 

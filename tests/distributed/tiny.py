@@ -78,7 +78,7 @@ def build_tiny(objectives: ObjectivesConfig = OBJECTIVES) -> Trichord:
 
 
 def make_row(row: int, step: int) -> RowArrays:
-    """Even rows: images with text, at odd steps row 2 with audio too. Odd rows: clips with text. Counts and lengths vary."""
+    """Even rows: images with text, at odd steps 2 with audio too. Odd rows: clips and text. Counts and lengths vary."""
     rng = np.random.default_rng([row, step])
     planned, decoded = [], []
     for _ in range(1 + (row + step) % 2):
@@ -133,7 +133,7 @@ def train_steps(facts, engine, stepper: Stepper, engine_config: EngineConfig, mi
 
 
 def train_cases(cases: list[tuple[dict, int]], steps: int):
-    """Entry point of a rank: one history per (engine options, micro_rows), in one process, since starting costs most."""
+    """Entry point of a rank: one history per (engine options, micro_rows), in one process as starting costs most."""
     histories = []
     for engine_options, micro_rows in cases:
         config = EngineConfig(**engine_options)

@@ -41,7 +41,7 @@ def slices_to_save(engine: Any) -> list[OwnedSlice]:
 
 
 def slices_to_fill(engine: Any) -> list[OwnedSlice]:
-    """Everything this rank has to hold: under stages 0 to 2, frozen (and at 0 all) parameters are whole on each rank."""
+    """Everything this rank has to hold: under stages 0 to 2 frozen (and at 0 all) parameters are whole on each rank."""
     return [piece for piece in _live_slices(engine, whole=True) if piece.numel]
 
 

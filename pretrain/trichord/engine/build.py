@@ -67,7 +67,7 @@ def _import_deepspeed() -> Any:
 
 
 class EngineModule(nn.Module):
-    """The face of the model towards DeepSpeed: outputs as a plain dict, in which its backward hooks find the tensors."""
+    """The face of the model towards DeepSpeed: outputs as a plain dict, where its backward hooks find the tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -39,8 +39,8 @@ class EngineConfig(Leaf):
     def _supported(self):
         if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise ValueError(
-                f"zero_stage 0 with precision {self.precision} is refused: DeepSpeed's unfused optimizer starts Adam one "
-                "step late there and the first updates come out wrong; use zero_stage 1, or precision autocast_bf16"
+                f"zero_stage 0 with precision {self.precision} is refused: DeepSpeed's unfused optimizer starts Adam "
+                "one step late there and the first updates come out wrong; use zero_stage 1, or precision autocast_bf16"
             )
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload 'all' moves parameters and needs zero_stage 3, got {self.zero_stage}")

@@ -20,7 +20,7 @@ from trichord.objectives.contrastive import MODALITIES, FeatureTable, contrastiv
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """slots_per_micro_batch = micro_rows * max_samples_per_row; slots (per rank and step) = that times micro-batches."""
+    """slots_per_micro_batch = micro_rows * max_samples_per_row; slots (per rank, step) = that times micro-batches."""
 
     slots_per_micro_batch: int
     num_micro_batches: int

@@ -65,8 +65,8 @@ def build_quickstart_data(out_dir: Path, seed: int, voices: Sequence[SpokenDigit
     """Write `SOURCE-00000N.tar` with sidecars, `splits.json`, `texts.txt` and `tokenizer/` to `out_dir`.
 
     The same seed and package versions give the same bytes. A folder that holds exactly this is used again. `voices`
-    adds their digits to `speech-train`, or, where unseen, to a source `voices-unseen` of their own; all are labelled with
-    the English word of the digit, whatever the language.
+    adds their digits to `speech-train`, or, where unseen, to a source `voices-unseen` of their own; all are labelled
+    with the English word of the digit, whatever the language.
 
     Returns:
         What `splits.json` holds: seed, packages, texts, and per source its shards with their hashes, how many samples,
@@ -268,7 +268,7 @@ def _reused(out_dir: Path, seed: int, voices: Sequence[SpokenDigit]) -> dict[str
         same, splits = False, {}
     if not same:
         raise ConfigError(
-            f"{out_dir} is not empty and does not hold the quick-start's data for seed {seed} and these voices; remove it "
-            f"(rm -r {out_dir}) or choose another folder"
+            f"{out_dir} is not empty and does not hold the quick-start's data for seed {seed} and these voices; remove "
+            f"it (rm -r {out_dir}) or choose another folder"
         )
     return splits
