@@ -51,7 +51,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
             digest.update(part)
             file.write(part)
         for tensor in tensors.values():
-            data = memoryview(tensor.numpy()).cast("B") if tensor.numel() else b""
+            data = tensor.numpy().data.cast("B") if tensor.numel() else b""
             digest.update(data)
             file.write(data)
         file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ log = get_logger(__name__)
 _BEYOND_TOKENS = ("attn_pool.", "head.", "fc_norm.", "head_dist.")
 
 
-def create_backbone(config: VisionConfig, image_size: int) -> nn.Module:
-    """The timm model without pooling and classifier, so that calling it returns all tokens.
+def create_backbone(config: VisionConfig, image_size: int) -> Any:
+    """The timm model, an nn.Module, without pooling and classifier, so that calling it returns all tokens.
 
     Calling the module itself (not its `forward_features`) matters: class token and position embedding belong to it,
     and ZeRO-3 gathers them when it is called.

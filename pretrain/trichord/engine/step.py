@@ -21,7 +21,7 @@ from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
 # What the one count all-reduce of a step carries.
-COUNT_NAMES = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "stop")
+COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "stop")
 
 
 @dataclass

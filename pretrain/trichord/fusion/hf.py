@@ -45,16 +45,16 @@ class TrichordPreTrainedModel(PreTrainedModel):
 
     config_class = TrichordConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "audio", "text")
+    input_modalities = ("image", "audio", "text")  # pyright: ignore[reportAssignmentType]  as in its own models
     _supports_attention_backend = True
-    _no_split_modules = ("LlamaDecoderLayer", "Qwen3DecoderLayer", "WhisperEncoderLayer", "Block")
+    _no_split_modules = {"LlamaDecoderLayer", "Qwen3DecoderLayer", "WhisperEncoderLayer", "Block"}  # noqa: RUF012
 
     def __init__(self, config: TrichordConfig, model: Trichord | None = None):
         """model: wrap these live modules instead of building new ones; their weights are shared, not copied."""
         super().__init__(config)
         if model is not None:
             for module in model.modules():  # else post_init gives fresh weights to what transformers did not make
-                module._is_hf_initialized = True
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  a flag, not a submodule
         self.model = build_from_config(config) if model is None else model
         if config.tie_word_embeddings:
             self._tied_weights_keys = {"model.trunk.lm_head.weight": "model.trunk.model.embed_tokens.weight"}

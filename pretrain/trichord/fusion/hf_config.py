@@ -60,7 +60,7 @@ class TrichordConfig(PretrainedConfig):
         """The config of a trained model. Paths of weights that training started from are left out."""
         fusion = _with_true_sizes(fusion, text_config)
         leaves = {"encoders": encoders, "fusion": fusion, "objectives": objectives, "samples": samples}
-        fields = {name: _without_start(leaf.model_dump(mode="json")) for name, leaf in leaves.items()}
+        fields: dict[str, Any] = {name: _without_start(leaf.model_dump(mode="json")) for name, leaf in leaves.items()}
         trunk = None if text_config is None else text_config.to_dict()
         return cls(**fields, text_config=trunk, tokenizer_size=vocab_size, special=dict(special))
 
@@ -79,7 +79,7 @@ def _with_true_sizes(fusion: FusionConfig, text_config: PretrainedConfig | None)
     if fusion.trunk is None or text_config is None:
         return fusion
     trunk = TrunkConfig(
-        family=text_config.model_type,
+        family=text_config.model_type,  # pyright: ignore[reportArgumentType]  pydantic checks it
         hidden_size=text_config.hidden_size,
         intermediate_size=text_config.intermediate_size,
         num_layers=text_config.num_hidden_layers,

@@ -27,7 +27,7 @@ from trichord.fusion.config import FusionConfig
 from trichord.fusion.connector import Connector
 from trichord.fusion.late import EmbeddingHead, LogitScale
 from trichord.fusion.splice import rows_in_stream, select_rows, splice
-from trichord.fusion.trunk import build_trunk, padded_vocab_size, run_packed
+from trichord.fusion.trunk import CausalLM, build_trunk, padded_vocab_size, run_packed
 from trichord.layers.config import LayersConfig
 from trichord.layers.recompute import recompute_layers
 from trichord.layers.selection import select_kernels
@@ -98,7 +98,7 @@ class Trichord(nn.Module):
         vision: VisionTower | None,
         audio: AudioTower | None,
         text: TextTower | None,
-        trunk: nn.Module | None,
+        trunk: CausalLM | None,
         fusion: FusionConfig,
         objectives: ObjectivesConfig,
         special: Mapping[str, int],
@@ -246,7 +246,7 @@ def assemble_model(
     fusion: FusionConfig,
     objectives: ObjectivesConfig,
     samples: SamplesConfig,
-    trunk: nn.Module | None,
+    trunk: CausalLM | None,
     vocab_size: int,
     special: Mapping[str, int],
 ) -> Trichord:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.errors import ConfigError
@@ -19,6 +19,9 @@ from trichord.layers.attention import NAME, PackedLayout, register_attention
 from trichord.layers.loss import replace_lm_head
 from trichord.layers.norm import replace_rms_norms
 from trichord.layers.rope import replace_rotary
+
+# LlamaForCausalLM or Qwen3ForCausalLM, with parts replaced by ours: neither class would be the true type.
+CausalLM: TypeAlias = Any
 
 FAMILIES = ("llama", "qwen3")
 _VOCAB_MULTIPLE = 8  # rows beyond the tokenizer's are never targets; they keep the vocabulary matmul aligned
@@ -90,7 +93,7 @@ def _released_config(config: TrunkConfig) -> Any:
     return released
 
 
-def build_trunk(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]) -> nn.Module:
+def build_trunk(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]) -> CausalLM:
     """A LlamaForCausalLM or Qwen3ForCausalLM with our parts in place. On the meta device weights are not read."""
     from transformers import AutoModelForCausalLM
 
@@ -101,13 +104,13 @@ def build_trunk(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]
     return replace_parts(trunk, config.rope_sections)
 
 
-def _load_released(config: TrunkConfig, vocab_size: int) -> nn.Module:
+def _load_released(config: TrunkConfig, vocab_size: int) -> CausalLM:
     from transformers import AutoModelForCausalLM
 
     rows = _released_config(config).vocab_size
     name, arguments = _hub_arguments(str(config.weights))
     try:
-        trunk, report = AutoModelForCausalLM.from_pretrained(
+        trunk, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  two, as asked
             name,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -128,7 +131,7 @@ def _load_released(config: TrunkConfig, vocab_size: int) -> nn.Module:
     return trunk
 
 
-def replace_parts(trunk: nn.Module, sections: tuple[int, int, int] | None) -> nn.Module:
+def replace_parts(trunk: CausalLM, sections: tuple[int, int, int] | None) -> CausalLM:
     """Our attention, norms, rotary module and loss head in a transformers causal LM; Parameters stay the same objects.
 
     Raises:
@@ -142,7 +145,7 @@ def replace_parts(trunk: nn.Module, sections: tuple[int, int, int] | None) -> nn
     return trunk
 
 
-def run_packed(trunk: nn.Module, embeds: Tensor, batch: PackedBatch, bidirectional_images: bool) -> Tensor:
+def run_packed(trunk: CausalLM, embeds: Tensor, batch: PackedBatch, bidirectional_images: bool) -> Tensor:
     """embeds (T, D) of a packed stream -> last hidden states (T, D).
 
     The layout travels to the attention function as a keyword argument. The 4-D stand-in for a mask tells transformers

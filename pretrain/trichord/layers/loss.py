@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class LMHead(nn.Linear):
         return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def replace_lm_head(model: nn.Module) -> LMHead:
+def replace_lm_head(model: Any) -> LMHead:
     """Put an `LMHead` in the place of `model.lm_head`; the Parameter is the same object, so tied weights stay tied."""
     old = model.lm_head
     head = LMHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from trichord_kernels import rms_norm
@@ -17,6 +19,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = weight
         self.variance_epsilon = eps
+
+    @classmethod
+    def in_place_of(cls, module: Any) -> RMSNorm:
+        """The same norm as a transformers RMSNorm, around the same Parameter."""
+        return cls(module.weight, float(module.variance_epsilon))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D), same dtype."""
@@ -35,6 +42,6 @@ def replace_rms_norms(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm") and not isinstance(child, RMSNorm):
-                setattr(parent, name, RMSNorm(child.weight, float(child.variance_epsilon)))
+                setattr(parent, name, RMSNorm.in_place_of(child))
                 replaced += 1
     return replaced

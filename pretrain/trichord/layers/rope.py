@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,7 @@ class MultiAxisRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def replace_rotary(decoder: nn.Module, sections: tuple[int, int, int] | None) -> MultiAxisRotary:
+def replace_rotary(decoder: Any, sections: tuple[int, int, int] | None) -> MultiAxisRotary:
     """Put a `MultiAxisRotary` in the place of `decoder.rotary_emb`, keeping its frequencies.
 
     Raises:
@@ -90,7 +92,7 @@ def replace_rotary(decoder: nn.Module, sections: tuple[int, int, int] | None) ->
     return rotary
 
 
-def _frequencies_on_host(rotary: nn.Module) -> tuple[Tensor, float]:
+def _frequencies_on_host(rotary: Any) -> tuple[Tensor, float]:
     """Frequencies recomputed on the CPU: a module built on the meta device holds none."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

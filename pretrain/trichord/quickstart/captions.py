@@ -15,8 +15,9 @@ def caption_scans(export: Path, data: Path, count: int) -> list[dict[str, str]]:
     """[{"said", "is"}] for the first `count` held-out scans, through `AutoModelForImageTextToText.from_pretrained`."""
     import io
 
-    import trichord.fusion.hf  # noqa: F401  registers the model type
     from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    import trichord.fusion.hf  # noqa: F401  registers the model type
 
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -26,7 +27,7 @@ def caption_scans(export: Path, data: Path, count: int) -> list[dict[str, str]]:
     for png, _ in scans:
         image = Image.open(io.BytesIO(png)).convert("RGB").resize((size, size))
         pixels.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))
-    inputs = model.prepare_prompts(pixels, [None] * len(pixels))
+    inputs = model.prepare_prompts(pixels, [None] * len(pixels))  # pyright: ignore[reportCallIssue]  our class
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

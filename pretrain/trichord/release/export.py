@@ -27,7 +27,8 @@ from trichord.encoders.config import EncodersConfig
 from trichord.fusion.config import FusionConfig
 from trichord.fusion.hf import TrichordForConditionalGeneration, TrichordModel
 from trichord.fusion.hf_config import TrichordConfig, build_from_config
-from trichord.fusion.trunk import trunk_config
+from trichord.fusion.model import Trichord
+from trichord.fusion.trunk import CausalLM, trunk_config
 from trichord.objectives.config import ObjectivesConfig
 from trichord.release.card import render_card
 from trichord.release.coverage import compare
@@ -116,7 +117,7 @@ def _assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _write(
     folder: Path,
-    model: nn.Module,
+    model: Trichord,
     hf_config: TrichordConfig,
     config: ModelLeaves,
     tokenizer: TextTokenizer,
@@ -136,7 +137,7 @@ def _write(
     (folder / "README.md").write_text(render_card(hf_config, counts, facts), encoding="utf-8")
 
 
-def _write_trunk(folder: Path, trunk: nn.Module, hf_config: TrichordConfig) -> None:
+def _write_trunk(folder: Path, trunk: CausalLM, hf_config: TrichordConfig) -> None:
     """The trunk as transformers itself builds it: same names, same weights, none of our parts."""
     from transformers import AutoModelForCausalLM
 
