@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STEPS = 48
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
