@@ -24,8 +24,7 @@ from typing import Any
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.shards.members import MemberRef
-from trichord.shards.sources import is_remote, local_path
-from trichord.shards.storage import filesystem
+from trichord.shards.sources import filesystem, is_remote, local_path
 
 _log = get_logger(__name__)
 LEN_FORMAT = "trichord-len"

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import fsspec.core
 
@@ -29,6 +30,25 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. fsspec keeps one instance per process, also after a fork.
+
+    Raises:
+        ConfigError: nothing goes by this scheme, or what does is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ConfigError(
+            f"shards at {url!r} need a file system that is not installed ({error}); install it, for S3 with "
+            "`pip install 'trichord[s3]'`"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"shards at {url!r}: {error}; expected a path, file://, s3://, gs://, https:// or another scheme of fsspec"
+        ) from error
+
+
 def expand_shards(source: SourceConfig) -> list[str]:
     """All shards of a source: sorted and unique, so that their numbers do not depend on the file system.
 
@@ -36,7 +56,7 @@ def expand_shards(source: SourceConfig) -> list[str]:
     `[...]`, `**`). Local shards are checked to exist; remote ones named without a glob are checked when they are read.
 
     Raises:
-        ConfigError: a brace range is malformed, or the URL's file system is not installed.
+        ConfigError: a brace range is malformed, or the URL's file system is unknown or not installed.
         DataError: nothing matches a pattern, a named shard does not exist, or it is compressed.
     """
     shards: set[str] = set()
@@ -105,13 +125,7 @@ def _resolve(url: str) -> list[str]:
 
 
 def _remote_glob(url: str) -> list[str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"shards at {url!r} need a file system that is not installed ({error}); install it, for S3 with "
-            "`pip install 'trichord[s3]'`"
-        ) from error
+    fs, path = filesystem(url)
     try:
         return [fs.unstrip_protocol(match) for match in fs.glob(path)]
     except OSError as error:

@@ -8,11 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import IO, Any, TypeVar
 
-import fsspec.core
-
-from trichord.core.errors import ConfigError, DataError
+from trichord.core.errors import DataError
 from trichord.core.log import get_logger
-from trichord.shards.sources import is_remote, local_path
+from trichord.shards.sources import filesystem, is_remote, local_path
 
 _log = get_logger(__name__)
 Result = TypeVar("Result")
@@ -29,14 +27,11 @@ def with_retries(action: Callable[[], Result], what: str) -> Result:
 
     Raises:
         DataError: it failed every time, or in a way that waiting does not mend. `what` says what was being done.
-        ConfigError: the file system of a URL is not installed.
     """
     delay_s = FIRST_DELAY_S
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
-        except ImportError as error:
-            raise ConfigError(f"{what}: {error}; for S3 `pip install 'trichord[s3]'`") from error
         except _FINAL_ERRORS as error:
             raise DataError(f"{what}: {error}; check that the shard is there and readable") from error
         except OSError as error:
@@ -49,11 +44,6 @@ def with_retries(action: Callable[[], Result], what: str) -> Result:
             time.sleep(delay_s)
             delay_s *= 2
     raise AssertionError("unreachable")
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. fsspec keeps one instance per process, also after a fork."""
-    return fsspec.core.url_to_fs(url)
 
 
 def shard_identity(url: str) -> dict[str, int | str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from trichord.core.errors import ConfigError, DataError
+from trichord.core.errors import DataError
 from trichord.shards import reader, storage
 from trichord.shards.config import ShardsConfig
 from trichord.shards.quarantine import BadSample
@@ -194,14 +194,6 @@ def test_remote_shards_by_range_reads(text_shards):
 def test_a_missing_remote_shard_is_named():
     with pytest.raises(DataError, match=r"looking at shard memory://nowhere/0\.tar"):
         open_sources(_config(["memory://nowhere/0.tar"]))
-
-
-def test_a_missing_file_system_says_what_to_install():
-    def needs_s3():
-        raise ImportError("Install s3fs to access S3")
-
-    with pytest.raises(ConfigError, match=r"Install s3fs.*trichord\[s3\]"):
-        storage.with_retries(needs_s3, "looking at s3://x")
 
 
 def test_pickled_members_are_mentioned_once_per_source(write_tar, caplog):

@@ -6,6 +6,7 @@ import pytest
 from trichord.core.errors import ConfigError, DataError
 from trichord.shards.config import SourceConfig
 from trichord.shards.sources import expand_braces, expand_shards
+from trichord.shards.storage import shard_identity
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,23 @@ def test_remote_glob():
     assert found == ["memory:///sources/x/1.tar", "memory:///sources/x/2.tar"]
 
 
-def test_unknown_protocol_says_what_to_install():
-    with pytest.raises(ConfigError, match=r"nosuchfs://.*not installed"):
-        expand_shards(_source("nosuchfs://bucket/*.tar"))
+def _look_at(url: str) -> None:
+    """A glob is listed at once, a name is first looked at when its shard is read."""
+    for shard in expand_shards(_source(url)):
+        shard_identity(shard)
+
+
+@pytest.mark.parametrize("url", ["nosuchfs://bucket/*.tar", "nosuchfs://bucket/a.tar"])
+def test_an_unknown_file_system_is_named_with_what_is_expected(url):
+    with pytest.raises(ConfigError, match=r"'nosuchfs://.*Protocol not known: nosuchfs; expected a path, .*s3://"):
+        _look_at(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/*.tar", "s3://bucket/a.tar"])
+def test_a_file_system_that_is_not_installed_says_what_to_install(monkeypatch, url):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(ConfigError, match=r"s3://bucket/.*Install s3fs.*pip install 'trichord\[s3\]'"):
+        _look_at(url)
