@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch, count_steps
-from trichord.checkpoints.load import LoadedState, find_latest, find_step, load_into, read_facts
+from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
 from trichord.checkpoints.save import CheckpointSaver, require_writable
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.run import RunConfig
@@ -153,7 +153,7 @@ def open_run(config: RunConfig) -> tuple[RunFolder, LoadedState | None, str]:
         assert folder.branch_step is not None
         start = read_facts(find_step(folder.branch_folder / "checkpoints", folder.branch_step))
     elif folder.kind == "resume":
-        latest = find_latest(folder.path / "checkpoints")
+        latest = find_resumable(folder.path / "checkpoints")
         start = read_facts(latest) if latest is not None else None
     return folder, start, f"{folder.attempt}-{secrets.token_hex(4)}"
 

@@ -40,13 +40,33 @@ def find_latest(folder: Path) -> Path | None:
 
     `latest` is only a hint for humans: what counts is the manifest, and that its files are there in full size.
     """
-    steps = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    for path in sorted(steps, reverse=True):
+    for path in _newest_first(folder):
         problem = incomplete_reason(path)
         if problem is None:
             return path
         log.warning("skipping checkpoint %s: %s", path, problem)
     return None
+
+
+def find_resumable(folder: Path) -> Path | None:
+    """As `find_latest`, for a run that is to go on: None only where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, none complete. Starting again would overwrite what may be mended.
+    """
+    latest, there = find_latest(folder), _newest_first(folder)
+    if latest is None and there:
+        raise CheckpointError(
+            f"{there[0]}: {incomplete_reason(there[0])}; none of the {len(there)} checkpoints there is complete, so "
+            f"the run cannot go on. Copy a whole one back, or remove {Path(folder).parent} to start again from step 0, "
+            "or choose another run.name"
+        )
+    return latest
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(steps, reverse=True)
 
 
 def find_step(folder: Path, step: int) -> Path:
