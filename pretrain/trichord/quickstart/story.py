@@ -53,6 +53,7 @@ class Quickstart:
         if self.run.exists():
             raise ConfigError(f"{self.run} exists; remove it (rm -r {self.run}) to walk the road again")
         quiet_environment()
+        _hide_progress_of_libraries()
         self.run.parent.mkdir(parents=True, exist_ok=True)
         self._stage("data", "real data from installed packages -> tar shards", self.build_data)
         total = self.steps or self._config_steps()
@@ -178,6 +179,13 @@ class Quickstart:
         from trichord.tracking.report import render_report
 
         render_report([self.run], self.run / "report.html")
+
+
+def _hide_progress_of_libraries() -> None:
+    """transformers draws a bar for each file it writes or reads; here they are over in a moment."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 TRAIN_SOURCES = ("scans-train", "pairs-train", "speech-train")
