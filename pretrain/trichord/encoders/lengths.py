@@ -14,7 +14,7 @@ def image_grid(config: VisionConfig, image_size: int) -> tuple[int, int]:
     Asks timm for the model on the meta device (no memory, some 0.1 s); the answer is remembered.
 
     Raises:
-        ConfigError: unknown model or options, or the model gives no grid of patch tokens.
+        ConfigError: unknown model or options, no grid of patch tokens, or patches that do not fill the image.
     """
     key = (config.model_dump_json(), image_size)
     if key not in _GRIDS:
@@ -23,7 +23,7 @@ def image_grid(config: VisionConfig, image_size: int) -> tuple[int, int]:
         from trichord.encoders.vision import create_backbone, patch_grid
 
         with torch.device("meta"):
-            _GRIDS[key] = patch_grid(create_backbone(config, image_size), config.name, image_size)
+            _GRIDS[key] = patch_grid(create_backbone(config, image_size), config, image_size)
     return _GRIDS[key]
 
 

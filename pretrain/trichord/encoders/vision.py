@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 import torch
@@ -48,19 +49,37 @@ def create_backbone(config: VisionConfig, image_size: int) -> Any:
         raise ConfigError(f"timm cannot build {config.name!r} with options {options}: {error}") from error
 
 
-def patch_grid(backbone: nn.Module, name: str, image_size: int) -> tuple[int, int]:
+def patch_grid(backbone: Any, config: VisionConfig, image_size: int) -> tuple[int, int]:
     """Rows and columns of its patch tokens.
 
     Raises:
-        ConfigError: the model does not return a grid of patch tokens.
+        ConfigError: the model does not return a grid of patch tokens, or its patches do not fill the picture.
     """
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
     if grid is None or not hasattr(backbone, "num_prefix_tokens"):
         raise ConfigError(
-            f"encoders.vision.name {name!r} ({type(backbone).__name__}) returns no sequence of patch tokens; "
+            f"encoders.vision.name {config.name!r} ({type(backbone).__name__}) returns no sequence of patch tokens; "
             "choose a plain vision transformer, such as vit_base_patch16_224"
         )
+    _require_whole_patches(backbone, config, image_size)
     return int(grid[0]), int(grid[1])
+
+
+def _require_whole_patches(backbone: Any, config: VisionConfig, image_size: int) -> None:
+    """Raise where timm would leave out the last rows and columns of pixels without a word.
+
+    A model at the size it was released for may do so: SigLIP's so400m/14 was trained at 384 on 27 x 14 = 378 of them.
+    """
+    patch_size = math.lcm(*backbone.patch_embed.patch_size)
+    left_out = image_size % patch_size
+    released_size = backbone.pretrained_cfg.get("input_size", (0,))[-1]
+    if not left_out or (image_size == released_size and "patch_size" not in config.options):
+        return
+    sizes = [size for size in (image_size - left_out, image_size - left_out + patch_size) if size]
+    raise ConfigError(
+        f"samples.image.size is {image_size}, no multiple of the patch size {patch_size} of {config.name!r}: the last "
+        f"{left_out} rows and columns of pixels would never be seen; set it to {' or '.join(map(str, sizes))}"
+    )
 
 
 class VisionTower(nn.Module):
@@ -70,7 +89,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = create_backbone(config, image.size)
-        self.grid = patch_grid(self.backbone, config.name, image.size)
+        self.grid = patch_grid(self.backbone, config, image.size)
         self.image_size = image.size
         self.hidden_size = int(self.backbone.num_features)
         self.num_prefix_tokens = int(self.backbone.num_prefix_tokens)

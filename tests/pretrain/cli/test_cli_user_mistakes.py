@@ -105,6 +105,7 @@ CONFIG = [
 MODEL = [
     Mistake("no tokenizer", "train c.yaml batches.tokenizer=tk", USAGE, "tk"),
     Mistake("unknown model name", "train c.yaml encoders.vision.name=vit_tini", USAGE, "'vit_tini' is no timm model"),
+    Mistake("pictures of no whole patches", "train c.yaml samples.image.size=20", USAGE, "set it to 16 or 24"),
     Mistake("bad model option", "train c.yaml encoders.vision.options.num_heads=3", USAGE, "timm cannot build"),
     Mistake(
         "DeepSpeed overlay conflict", "train c.yaml engine.deepspeed.gradient_clipping=7", USAGE, "gradient_clipping"

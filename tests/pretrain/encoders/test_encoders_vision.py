@@ -49,6 +49,22 @@ def test_what_cannot_be_built_is_named(config, message):
         image_grid(config, 32)
 
 
+@pytest.mark.parametrize(
+    ("size", "config", "sizes"),
+    [
+        (35, leaf(), "patch size 8 .*the last 3 rows and columns .* set it to 32 or 40$"),
+        (6, leaf(), "set it to 8$"),
+        (300, VisionConfig(name="vit_so400m_patch14_siglip_384"), "size is 300, .* patch size 14 .* 294 or 308$"),
+        (224, leaf(options={"patch_size": 20}), "set it to 220 or 240$"),
+    ],
+)
+def test_pictures_that_patches_do_not_fill_are_refused(size, config, sizes):
+    with pytest.raises(ConfigError, match=sizes):
+        image_grid(config, size)
+    with torch.device("meta"), pytest.raises(ConfigError, match=sizes):
+        VisionTower(config, ImageConfig(size=size))
+
+
 def test_weights_from_a_file_are_exact_and_what_follows_the_tokens_is_left_out(tmp_path):
     name = "vit_base_patch16_siglip_224"
     torch.manual_seed(0)
