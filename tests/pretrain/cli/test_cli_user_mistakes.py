@@ -120,7 +120,9 @@ DATASET = [
     Mistake(
         "shard that is no tar", "train c.yaml", DATA, "shard-000000.tar", put("shards/shard-000000.tar", b"x" * 2000)
     ),
-    Mistake("samples lack a field", "train c.yaml shards.sources.0.require=[audio]", DATA, "samples are bad"),
+    Mistake(
+        "samples lack a field", "train c.yaml shards.sources.0.require=[audio]", DATA, "the sample has no audio, which"
+    ),
     Mistake(
         "images that are none",
         "train c.yaml",

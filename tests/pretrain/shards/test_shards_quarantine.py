@@ -14,8 +14,8 @@ def _config(**options) -> ShardsConfig:
     return ShardsConfig(sources=[{"name": "a", "shards": "a.tar"}], **options)  # type: ignore[arg-type]
 
 
-def _record(shard: str) -> QuarantineRecord:
-    return QuarantineRecord(shard, "k/1", 512, "k/1.png", "broken image: cut", "web", 7)
+def _record(shard: str, reason: str = "broken image: cut") -> QuarantineRecord:
+    return QuarantineRecord(shard, "k/1", 512, "k/1.png", reason, "web", 7)
 
 
 def test_lines_are_there_at_once(tmp_path):
@@ -49,6 +49,19 @@ def test_the_stop_names_the_worst_shards_first():
     records = [_record("one.tar")] + [_record("three.tar")] * 3 + [_record(f"{n}.tar") for n in range(5)]
     with pytest.raises(DataError, match=r"worst: three\.tar of source 'web' \(3\), one\.tar .* and 2 more shards"):
         check_bad_fraction(9, 9, _config(max_bad_fraction=0.0, min_samples_for_bad_fraction=1), records)
+
+
+def test_the_stop_names_the_commonest_reasons_whatever_their_numbers():
+    reasons = ["cut"] * 2 + ["no such field"] + [f"longer than a row: {n} tokens" for n in (310, 27, 8)]
+    with pytest.raises(
+        DataError, match=r"Commonest here: longer than a row: 310 tokens \(3\); cut \(2\)\. quarantine\.jsonl lists"
+    ):
+        check_bad_fraction(
+            6,
+            6,
+            _config(max_bad_fraction=0.0, min_samples_for_bad_fraction=1),
+            [_record("a.tar", reason) for reason in reasons],
+        )
 
 
 def test_a_bad_sample_crosses_processes():
