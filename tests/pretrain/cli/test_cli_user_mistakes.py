@@ -76,6 +76,8 @@ COMMAND_LINE = [
     Mistake("config left out", "train", USAGE, "Missing argument"),
     Mistake("option of a wrong type", "plan c.yaml --gpus many", USAGE, "should be a valid integer"),
     Mistake("option out of range", "plan c.yaml --gpus 0", USAGE, "greater than or equal to 1"),
+    Mistake("unknown architecture", "bench kernels --static --arch sm_9", USAGE, "sm_100, gfx942, got sm_9"),
+    Mistake("architecture of no compilation", "bench kernels --arch sm_90", USAGE, "--arch is for --static"),
     Mistake("unknown choice", "data tokenizer x.txt --out t --kind bert", USAGE, "'bert' is not one of 'bpe'"),
 ]
 CONFIG = [

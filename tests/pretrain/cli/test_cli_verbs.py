@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from cli_world import in_a_fork, png, wav
@@ -143,3 +144,18 @@ def test_track_sync_rebuilds_an_offline_run(finished):
 def test_bench_kernels_prints_rows(imported, world):
     assert "log_mel" in run(world, "bench", "kernels", "--json", "rows.json")
     assert json.loads((world / "rows.json").read_text())
+
+
+def test_bench_static_judges_the_named_architectures_and_fails_with_a_failed_bar(world, monkeypatch, capsys):
+    from trichord_kernels import static
+    from trichord_kernels.static_cases import static_cases
+
+    case = next(case for case in static_cases() if case.name == "rms_norm_fwd.64.bf16")
+    monkeypatch.setattr(static, "static_cases", lambda: [case])
+    command = ["bench", "kernels", "--static", "--arch", "sm_90", "--json", "rows.json"]
+    assert main([*command, "--arch", "sm_80"]) == 0
+    assert [row["arch"] for row in json.loads((world / "rows.json").read_text())] == ["sm_90", "sm_80"]
+    monkeypatch.setattr(static, "static_cases", lambda: [case, replace(case, row_bytes=case.row_bytes // 2)])
+    assert main(command) == 1
+    assert "2 rows, 1 failed bars" in capsys.readouterr().out
+    assert [len(row["failures"]) for row in json.loads((world / "rows.json").read_text())] == [0, 1]
