@@ -40,7 +40,8 @@ def local(
         typer.echo(show_local(config, overrides or (), procs=procs))
         return
     verdict = launch_local(config, overrides or (), procs=procs, max_restarts=max_restarts)
-    typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
+    if verdict.outcome != "failed":  # of a failure the supervisor has told, with the reason
+        typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
     raise typer.Exit(verdict.exit_code)
 
 

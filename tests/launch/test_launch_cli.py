@@ -9,10 +9,11 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from trichord.core.errors import CheckpointError, ConfigError
+from trichord.core.errors import ConfigError
 from trichord.core.status import Status, write_rank_status, write_status
 from trichord_launch.cli import app
 from trichord_launch.follow import find_run, log_file, render_status, run_status, tail
+from trichord_launch.verdict import Verdict
 
 CONFIG = """\
 run: {name: digits, root: ROOT, max_steps: 40}
@@ -34,6 +35,11 @@ def config(tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def console_script(*arguments):
+    command = [sys.executable, "-m", "trichord_launch.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture
@@ -104,18 +110,30 @@ def test_a_run_of_another_model_is_refused_before_anything_starts(config, tmp_pa
     (folder / "checkpoints" / "step-000001").mkdir(parents=True)
     (folder / "checkpoints" / "step-000001" / "manifest.json").write_text("{}")
     (folder / "config.yaml").write_text(resolved_yaml(load_run_config(config, ["run.seed=7"])))
-    result = invoke("local", config)
-    assert isinstance(result.exception, CheckpointError)
-    assert "run.seed" in str(result.exception)
+    for arguments in ((), ("--dry-run",), ("--procs", "2", "--max-restarts", "3")):
+        result = console_script("local", config, *arguments)
+        assert result.returncode == 4, result.stderr
+        assert result.stderr.startswith("error: run 'digits' cannot go on with this config")
+        assert result.stderr.count("run.seed: 7 in the run, 0 now") == 1
+        assert "Traceback" not in result.stderr
     assert not (folder / "attempts").exists()
 
 
 def test_the_console_script_ends_in_one_message_and_the_code():
-    command = [sys.executable, "-m", "trichord_launch.cli", "local", "nowhere.yaml"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = console_script("local", "nowhere.yaml")
     assert result.returncode == 2
     assert result.stderr.startswith("error: nowhere.yaml")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("outcome", "code", "said"), [("finished", 0, 1), ("stopped", 75, 1), ("failed", 4, 0)])
+def test_the_verdict_is_said_once(config, cpu, monkeypatch, outcome, code, said):
+    """Of a failed attempt the supervisor has said why, and why it is the last."""
+    verdict = Verdict(outcome, code, 7, "because of this")
+    monkeypatch.setattr("trichord_launch.local.supervise", lambda *_args, **_options: verdict)
+    result = invoke("local", config)
+    assert result.exit_code == code
+    assert result.output.count(f"{outcome} at step 7: because of this") == said
 
 
 @pytest.fixture
