@@ -93,14 +93,15 @@ class CheckpointSaver:
         if self.rank != 0:
             return None
         done = self._done_files(save)
-        errors = [f"rank {rank}: {facts['error']}" for rank, facts in done.items() if "error" in facts]
-        if errors:
-            return self._abandon(save, "; ".join(errors))
-        if len(done) < self.world_size:
-            if time.monotonic() - save.started > self.config.commit_timeout_s:
-                missing = sorted(set(range(self.world_size)) - set(done))
-                self._abandon(save, f"ranks {missing} were not done after {self.config.commit_timeout_s:.0f} s")
-            return None
+        missing = sorted(set(range(self.world_size)) - set(done))
+        late = time.monotonic() - save.started > self.config.commit_timeout_s
+        if missing and not late:
+            return None  # also after an error: the others are still writing into the folder
+        problems = [f"rank {rank}: {facts['error']}" for rank, facts in done.items() if "error" in facts]
+        if missing:
+            problems.append(f"ranks {missing} were not done after {self.config.commit_timeout_s:.0f} s")
+        if problems:
+            return self._abandon(save, "; ".join(problems))
         return self._commit(save, done)
 
     def finish(self) -> bool:

@@ -167,6 +167,6 @@ def test_a_folder_with_something_else_is_left_alone(data, tmp_path, change):
         splits = {**data[1], "seed": 1 if change == "seed" else 0}
         (folder / "splits.json").write_text(json.dumps(splits))
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(ConfigError, match=r"not empty and does not hold .* seed 0; remove it"):
+    with pytest.raises(ConfigError, match=r"not empty and does not hold .* seed 0 and these voices; remove it"):
         build_quickstart_data(folder, seed=0)
     assert sorted(path.name for path in folder.iterdir()) == before
