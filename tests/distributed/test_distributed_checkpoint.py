@@ -144,7 +144,7 @@ def break_off(path: Path, how: str):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint(tmp_path, victim):
     with pytest.raises(RankError) as caught:
         run_ranks(2, save_twice, str(tmp_path), victim, "killed")
@@ -153,13 +153,12 @@ def test_a_rank_killed_while_it_writes_leaves_the_previous_checkpoint(tmp_path, 
     assert (tmp_path / "latest").read_text().strip() == "step-000001"
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_full_disk_on_one_rank_abandons_the_save_on_all(tmp_path, victim):
     assert run_ranks(2, save_twice, str(tmp_path), victim, "disk full") == [False, False]
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000001"]
 
 
-@pytest.mark.slow
 def test_a_checkpoint_with_a_short_file_is_passed_over(tmp_path):
     run_ranks(1, save_twice_well, str(tmp_path))
     newest = tmp_path / "step-000002"

@@ -34,9 +34,7 @@ def largest_difference(history, reference):
     )
 
 
-@pytest.mark.parametrize(
-    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_split_gives_the_same_losses_and_norms(reference, world_size):
     splits = list(itertools.product((0, 1, 2, 3), MICRO_ROWS[world_size]))
     cases = [(options(stage), micro_rows) for stage, micro_rows in splits]

@@ -41,14 +41,14 @@ def train_with_missing_modality(stage: int, rule: bool) -> list:
     return history
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_the_rule_all_stages_go_on(stage):
     by_rank = run_ranks(2, train_with_missing_modality, stage, True)
     assert len(by_rank[0]) == 4
     assert by_rank[0] == by_rank[1]
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_without_the_rule_stages_1_and_2_fail(stage):
     with pytest.raises(RankError) as caught:
         run_ranks(2, train_with_missing_modality, stage, False, timeout_s=60)

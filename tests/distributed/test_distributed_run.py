@@ -92,7 +92,6 @@ def test_resume_on_another_split_goes_on_with_the_next_sample(
         assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(undisturbed, data, tmp_path):
     config = write_config(data, tmp_path)
     folder = tmp_path / "tiny"
@@ -111,7 +110,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(undisturbe
     assert [event["kind"] for event in read_events(folder)].count("start") == 2
 
 
-@pytest.mark.slow
 def test_training_a_finished_run_again_changes_nothing(undisturbed, data, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "tiny")
     before = (tmp_path / "tiny" / "metrics.jsonl").read_bytes()

@@ -7,11 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer
+import pytest
+import scipy.signal
 import timm
-import transformers
+import transformers.models.llama.modeling_llama
+import webdataset
 
-from trichord.engine import build
+from trichord import train
+from trichord.fusion import hf
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["build", "deepspeed", "timm", "transformers"]
+__all__ = ["deepspeed", "hf", "pytest", "scipy", "timm", "train", "transformers", "webdataset"]
