@@ -9,8 +9,7 @@ import math
 import os
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,21 +20,19 @@ from trichord.checkpoints.load import LoadedState, find_resumable, find_step, lo
 from trichord.checkpoints.save import CheckpointSaver, require_writable
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.run import RunConfig
-from trichord.core.dist import rank_facts
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.schedule import lr_multiplier
 from trichord.core.seed import derive_seed
-from trichord.core.status import Status, clear_rank_statuses, write_rank_status, write_status
+from trichord.core.status import clear_rank_statuses
 from trichord.engine.build import apply_timeout, build_engine, set_lr, start_process_group
 from trichord.engine.features import SlotLayout
-from trichord.engine.step import Stepper, StepResult
-from trichord.engine.together import decide_on_rank_0, gather_lists
+from trichord.engine.step import Stepper
+from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import PeerWatch, StopFlag
-from trichord.objectives.combine import total_loss
+from trichord.journal import Progress, Recording, Verdict
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths
-from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_bad_fraction
-from trichord.tracking.recorder import Recorder, Window
+from trichord.tracking.recorder import Recorder
 
 log = get_logger(__name__)
 
@@ -237,166 +234,3 @@ def build_recorder(config: RunConfig, folder: RunFolder, resumed: LoadedState | 
         run_facts=config.model_dump(mode="json"),
         wandb_run_id=resumed.train_state.get("wandb_run_id") if resumed is not None and same_run else None,
     )
-
-
-@dataclass
-class Progress:
-    """Where the run stands: equal on all ranks, part of every checkpoint."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    samples_seen: int = 0
-    bad_samples: int = 0
-    skipped_in_a_row: int = 0
-
-    @classmethod
-    def after(cls, resumed: LoadedState | None) -> Progress:
-        return cls(**resumed.train_state["progress"]) if resumed is not None else cls()
-
-    def advance(self, result: StepResult) -> None:
-        self.step += 1
-        self.tokens_seen += int(result.counts["useful_tokens"])
-        self.samples_seen += int(result.counts["samples"])
-        self.bad_samples += int(result.counts["bad_samples"])
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-
-    def check(self, config: RunConfig, batch: StepBatch, recorder: Recorder) -> None:
-        """Stop the run when too much data is bad or too many steps were not finite; the same on all ranks."""
-        check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
-        if self.skipped_in_a_row:
-            ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()][:64]
-            recorder.event("skipped_step", self.step, samples_of_rank_0=ids)
-        if self.skipped_in_a_row >= config.engine.max_bad_steps:
-            raise TrichordError(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is {self.step}); "
-                "the weights are those before them. Lower engine.lr, or look at the samples named in events.jsonl"
-            )
-
-
-class Recording:
-    """Turns steps into log lines every `log_every_steps`; between them nothing is read from the device."""
-
-    def __init__(self, config: RunConfig, recorder: Recorder, device: torch.device, folder: Path):
-        self.every = config.tracking.log_every_steps
-        self.objectives = config.objectives
-        self.names = [source.name for source in config.shards.sources]
-        self.recorder = recorder
-        self.device = device
-        self.quarantine = QuarantineLog(folder / "quarantine.jsonl")
-        self.window = Window()
-
-    def damaged(self, records: list[QuarantineRecord]) -> None:
-        """Shards that cannot be read to their end; known alike on all ranks."""
-        if dist.get_rank() == 0:
-            self.quarantine.append(records)
-        for record in records:
-            log.warning("source %s: %s: %s", record.source, record.shard, record.reason)
-
-    def step(self, progress: Progress, result: StepResult, batch: StepBatch, *, lr: float, wait_s: float) -> None:
-        """Called after every step on every rank."""
-        if result.counts["bad_samples"] > 0:  # known to all ranks, so all take part
-            records = gather_lists([replace(record, step=progress.step) for record in batch.stats.records])
-            if dist.get_rank() == 0:
-                self.quarantine.append(records)
-        counts = {name: result.counts[name] for name in ("useful_tokens", "slots", "samples", "bad_samples")}
-        per_source = {f"source/{name}": n for name, n in batch.stats.samples_per_source.items()}
-        self.window.add({**counts, **result.seconds, **per_source, "wait": wait_s})
-        if progress.step % self.every == 0:
-            self._log(progress, result, lr)
-
-    def _log(self, progress: Progress, result: StepResult, lr: float) -> None:
-        names = sorted(result.losses)
-        own = [result.losses[name] for name in names]
-        draws = [self.window.sums.get(f"source/{name}", 0.0) for name in self.names]
-        shares = torch.stack([*own, *torch.tensor(draws, dtype=torch.float32, device=self.device)])
-        dist.all_reduce(shares)
-        values = shares.tolist()  # the one read of metrics from the device
-        losses, draws = dict(zip(names, values)), values[len(names) :]
-        self.recorder.metrics(progress.step, self._line(progress, result, losses, draws, lr))
-        self.window = Window()
-
-    def _line(
-        self, progress: Progress, result: StepResult, losses: dict[str, float], draws: list[float], lr: float
-    ) -> dict[str, float]:
-        window = self.window
-        sums, seconds = window.sums, window.seconds
-        line = {f"train/loss/{name}": value for name, value in losses.items()}
-        line |= {
-            "train/loss": total_loss(self.objectives, losses),
-            "train/grad_norm": result.grad_norm,
-            "train/lr": lr,
-            "train/tokens_seen": progress.tokens_seen,
-            "train/samples_seen": progress.samples_seen,
-            "speed/tokens_per_s": sums["useful_tokens"] / seconds,
-            "speed/samples_per_s": sums["samples"] / seconds,
-            "speed/step_ms": 1000 * seconds / window.steps,
-            "data/wait_ms": window.mean_ms("wait"),
-            "speed/features_ms": window.mean_ms("features"),
-            "speed/forward_backward_ms": window.mean_ms("forward_backward"),
-            "speed/update_ms": window.mean_ms("update"),
-            "data/useful_tokens_frac": sums["useful_tokens"] / max(1.0, sums["slots"]),
-            "data/bad_samples": progress.bad_samples,
-            "memory/peak_gib": _peak_memory_gib(self.device),
-        }
-        total = max(1.0, sum(draws))
-        return line | {f"data/mix_frac/{name}": count / total for name, count in zip(self.names, draws)}
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: the device's allocator on a GPU, the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Verdict:
-    """Writes what became of the run: rank 0 the run's status, any failing rank its own."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.attempt = 0
-        self.step = 0
-        self.rank = rank_facts().rank
-        self._begun = False  # until the folder is known to be ours, its status.json may be another run's
-
-    def begin(self, folder: RunFolder, step: int) -> None:
-        self.folder, self.attempt, self.step = folder.path, folder.attempt, step
-        self._begun = True
-        self._run("running", EXIT_DONE, "")
-
-    def ended(self, finished: bool, saved: bool, signal_name: str) -> None:
-        """The loop is over; without its last checkpoint the run has failed, whatever ended the loop."""
-        if not saved:
-            self._run("failed", EXIT_UNEXPECTED, f"the checkpoint of step {self.step} could not be written")
-            raise TrichordError(f"the last checkpoint (step {self.step}) could not be written; see the log of rank 0")
-        if finished:
-            self._run("finished", EXIT_DONE, "all steps done")
-        else:
-            self._run("stopped", EXIT_STOPPED, f"stopped by {signal_name} with a checkpoint")
-
-    def failed(self, error: BaseException) -> None:
-        """An exception on this rank ends the run."""
-        code = error.exit_code if isinstance(error, TrichordError) else EXIT_UNEXPECTED
-        reason = str(error) if isinstance(error, TrichordError) else f"{type(error).__name__}: {error}"
-        self._rank(code, reason)
-        self._run("failed", code, reason)
-
-    def lost(self, reason: str) -> None:
-        """Called by the watcher's thread just before it leaves."""
-        self._rank(EXIT_UNEXPECTED, reason)
-        self._run("failed", EXIT_UNEXPECTED, reason)
-
-    def _rank(self, code: int, reason: str) -> None:
-        try:
-            write_rank_status(self.folder, self.rank, self._status("failed", code, reason))
-        except OSError as error:  # the folder itself may be what failed
-            log.error("cannot write the status of this rank in %s: %s", self.folder, error)
-
-    def _run(self, outcome: Any, code: int, reason: str) -> None:
-        if self.rank == 0 and self._begun:
-            write_status(self.folder, self._status(outcome, code, reason))
-
-    def _status(self, outcome: Any, code: int, reason: str) -> Status:
-        return Status(outcome, code, self.step, reason, self.attempt, time.time())

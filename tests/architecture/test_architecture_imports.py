@@ -25,6 +25,7 @@ ROOMS = (
     "planning",
     "config",
     "restore",
+    "journal",
     "train",
     "evaluate",
     "quickstart",

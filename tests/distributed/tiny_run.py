@@ -99,7 +99,7 @@ def train(config: str, *overrides: str) -> int:
 
 def slow_train(config: str, *overrides: str) -> int:
     """The same with a pause after every step, so that a test can act in the middle."""
-    import trichord.train as story
+    import trichord.journal as story
 
     check = story.Progress.check
     story.Progress.check = lambda self, *args: (check(self, *args), time.sleep(0.1))[0]
