@@ -170,7 +170,7 @@ def test_a_checkpoint_with_a_short_file_is_passed_over(tmp_path):
 
 def save_twice_well(folder: str):
     config = engine_config(0)
-    _, engine, _ = tiny.make_stepper(config, 4)
+    _, engine, _ = tiny.make_stepper(config, 8)
     saver = CheckpointSaver(Path(folder), CheckpointsConfig(), "a")
     for step in (1, 2):
         saver.begin(engine, step, {"progress": {}}, loader_state(step))

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 20
 LIMIT = 1e-5  # relative, fp32
-MICRO_ROWS = {1: (4, 1), 2: (2, 1), 4: (1,)}  # of 4 rows: accumulation 1 and 4, 1 and 2, 1
+MICRO_ROWS = {1: (8, 2), 2: (4, 1), 4: (2,)}  # of 8 rows: accumulation 1 and 4, 1 and 4, 1
 
 
 def options(stage: int) -> dict:
@@ -23,7 +23,7 @@ def options(stage: int) -> dict:
 @pytest.fixture(scope="module")
 def reference():
     """One rank, stage 0, the whole batch at once."""
-    return run_ranks(1, train_cases, [(options(0), 4)], STEPS)[0][0]
+    return run_ranks(1, train_cases, [(options(0), 8)], STEPS)[0][0]
 
 
 def largest_difference(history, reference):

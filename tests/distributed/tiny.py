@@ -29,7 +29,7 @@ from trichord.layers.config import LayersConfig
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
 
-ROWS = 4
+ROWS = 8
 ROW_TOKENS = 48
 MAX_SAMPLES = 4
 IMAGE_SIZE = 16
