@@ -101,6 +101,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     progress = Progress.after(resumed)
     recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
+    log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
     recording = Recording(config, recorder, device, folder.path)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
@@ -134,6 +135,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder.close(code)
     loader.close()
     verdict.ended(finished, saved, stop.name)
+    log.info("%s", closing_line(finished, progress.step, stop.name))
     dist.barrier()
     dist.destroy_process_group()
     return code
@@ -153,6 +155,22 @@ def open_run(config: RunConfig) -> tuple[RunFolder, LoadedState | None, str]:
         latest = find_resumable(folder.path / "checkpoints")
         start = read_facts(latest) if latest is not None else None
     return folder, start, f"{folder.attempt}-{secrets.token_hex(4)}"
+
+
+def opening_line(folder: RunFolder, resumed: LoadedState | None, step: int, total_steps: int, world_size: int) -> str:
+    """What a user wants to know first: is this a new run, and where does it go on."""
+    where = f"{folder.path} on {world_size} process{'es' if world_size > 1 else ''}, attempt {folder.attempt}"
+    if step >= total_steps:
+        return f"{where}: already at step {step} of {total_steps}, nothing to do; raise run.max_steps to go on"
+    if resumed is not None:
+        return f"{where}: going on from {resumed.folder.name}, to step {total_steps}"
+    return f"{where}: a new run of {total_steps} steps"
+
+
+def closing_line(finished: bool, step: int, signal_name: str) -> str:
+    if finished:
+        return f"finished at step {step}"
+    return f"stopped at step {step} by {signal_name}, with a checkpoint; run the same command to go on"
 
 
 def build_loader(
