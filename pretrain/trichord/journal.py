@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from trichord.checkpoints.load import LoadedState
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, TrichordError
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
 from trichord.core.log import get_logger
 from trichord.core.status import Status, write_rank_status, write_status
 from trichord.engine.step import StepResult
@@ -25,6 +26,8 @@ from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_ba
 from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
+
+LOCK_FILE = ".train.lock"
 
 
 @dataclass
@@ -147,7 +150,32 @@ class Verdict:
         self.attempt = 0
         self.step = 0
         self.rank = rank_facts().rank
+        self._lock: IO[str] | None = None
         self._begun = False  # until the folder is known to be ours, its status.json may be another run's
+
+    def hold(self, folder: Path) -> None:
+        """Rank 0: keep the run folder to this process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+            ConfigError: another process on this machine is training this run, or the folder cannot be made.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (held until `release`)
+        except OSError as error:
+            raise ConfigError(f"run folder {folder} cannot be written: {error}; choose another run.root") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run folder {folder} is being trained by another process; stop that one, or choose another run.name"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.warning("cannot lock %s: %s; take care that no other process trains this run", folder, error)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def begin(self, folder: RunFolder, step: int) -> None:
         self.folder, self.attempt, self.step = folder.path, folder.attempt, step
@@ -183,8 +211,12 @@ class Verdict:
             log.error("cannot write the status of this rank in %s: %s", self.folder, error)
 
     def _run(self, outcome: Any, code: int, reason: str) -> None:
-        if self.rank == 0 and self._begun:
+        if self.rank != 0 or not self._begun:
+            return
+        try:
             write_status(self.folder, self._status(outcome, code, reason))
+        except OSError as error:  # a full disk, say: must not hide what ended the run
+            log.error("cannot write the status of the run in %s: %s", self.folder, error)
 
     def _status(self, outcome: Any, code: int, reason: str) -> Status:
         return Status(outcome, code, self.step, reason, self.attempt, time.time())

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch, count_steps
 from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
-from trichord.checkpoints.save import CheckpointSaver, require_writable
+from trichord.checkpoints.save import CheckpointSaver, put_back_replaced, require_writable
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.run import RunConfig
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -55,13 +55,15 @@ def run(config: RunConfig) -> int:
     except BaseException as error:
         verdict.failed(error)
         raise
+    finally:
+        verdict.release()
 
 
 def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     """The rooms in their order, then the loop. Returns the exit code."""
     # The job, and the run it is part of.
     facts, device = start_process_group(config.engine.timeout_s)
-    folder, start, token = decide_on_rank_0(lambda: open_run(config))
+    folder, start, token = decide_on_rank_0(lambda: open_run(config, verdict))
     verdict.begin(folder, start.step if start else 0)
     configure_logging(folder.path / "logs" / f"rank-{facts.rank:05d}.log")
     resumed = start if folder.kind != "fresh" else None
@@ -141,9 +143,11 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     return code
 
 
-def open_run(config: RunConfig) -> tuple[RunFolder, LoadedState | None, str]:
+def open_run(config: RunConfig, verdict: Verdict) -> tuple[RunFolder, LoadedState | None, str]:
     """On rank 0: the run folder, the checkpoint to go on from, and a name of this attempt that no other has."""
+    verdict.hold(run_path(config))
     folder = prepare_run_folder(config)
+    put_back_replaced(folder.path / "checkpoints")
     require_writable(folder.path / "checkpoints")
     clear_rank_statuses(folder.path)
     start = None

@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from ranks import Ranks, run_ranks
+from ranks import RankError, Ranks, run_ranks
 from tiny_run import make_data, slow_train, train, wait_until, write_config
 
 from trichord.checkpoints.load import find_latest
@@ -116,3 +116,46 @@ def test_training_a_finished_run_again_changes_nothing(undisturbed, data, tmp_pa
     assert run_ranks(1, train, str(write_config(data, tmp_path))) == [0]
     assert (tmp_path / "tiny" / "metrics.jsonl").read_bytes() == before
     assert read_status(tmp_path / "tiny").outcome == "finished"
+
+
+def test_changed_bytes_in_a_checkpoint_are_noticed_and_nothing_is_overwritten(undisturbed, data, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "tiny")
+    config = write_config(data, tmp_path)
+    newest = find_latest(tmp_path / "tiny" / "checkpoints")
+    for name in ("rank-00000.safetensors", "loader.json"):
+        whole = (newest / name).read_bytes()
+        middle = len(whole) // 2
+        (newest / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        with pytest.raises(RankError, match="its bytes have changed"):
+            run_ranks(1, train, str(config), "run.max_steps=32")
+        (newest / name).write_bytes(whole)
+    assert run_ranks(1, train, str(config), "run.max_steps=32") == [0]
+
+
+def test_checkpoints_without_manifests_are_no_reason_to_start_again(undisturbed, data, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "tiny")
+    for manifest in (tmp_path / "tiny" / "checkpoints").glob("step-*/manifest.json"):
+        manifest.unlink()
+    before = (tmp_path / "tiny" / "metrics.jsonl").read_bytes()
+    with pytest.raises(RankError, match=r"none of the .* checkpoints there is complete"):
+        run_ranks(1, train, str(write_config(data, tmp_path)))
+    assert (tmp_path / "tiny" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_moved_aside_by_a_dying_save_gets_its_name_back(undisturbed, data, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "tiny")
+    newest = find_latest(tmp_path / "tiny" / "checkpoints")
+    newest.rename(newest.with_name(f"{newest.name}.replaced-x"))
+    assert run_ranks(1, train, str(write_config(data, tmp_path))) == [0]
+    assert newest.is_dir()
+    assert read_status(tmp_path / "tiny").step == 30
+
+
+def test_a_second_process_on_a_run_folder_is_refused(data, tmp_path):
+    config = str(write_config(data, tmp_path))
+    first = Ranks(1, slow_train, config)
+    wait_until(lambda: (tmp_path / "tiny" / "metrics.jsonl").exists())
+    with pytest.raises(RankError, match="is being trained by another process"):
+        run_ranks(1, train, config)
+    os.kill(first.pids[0], signal.SIGTERM)
+    assert first.wait(60) == ({0: 75}, {})

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from trichord.batches.loader import LoaderState
-from trichord.checkpoints.save import MANIFEST_FILE, checkpoint_name
-from trichord.checkpoints.slices import SliceReader, read_json
+from trichord.checkpoints.save import checkpoint_name
+from trichord.checkpoints.slices import MANIFEST_FILE, SliceReader, read_json, read_verified_json
 from trichord.checkpoints.state import (
     WEIGHT,
     create_optimizer_state,
@@ -112,20 +112,22 @@ def incomplete_reason(path: Path) -> str | None:
             size = (path / name).stat().st_size
             if size != facts["size"]:
                 return f"{name} has {size} bytes, the manifest says {facts['size']}"
-    except (CheckpointError, OSError, KeyError, TypeError) as error:
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def read_train_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config."""
-    return read_json(folder / "train_state.json")
+    return read_verified_json(folder, "train_state.json")
 
 
 def read_facts(folder: Path) -> LoadedState:
     """Everything of a checkpoint but its tensors."""
     state = read_train_state(folder)
-    return LoadedState(folder, int(state["step"]), state, LoaderState.from_json(read_json(folder / "loader.json")))
+    return LoadedState(
+        folder, int(state["step"]), state, LoaderState.from_json(read_verified_json(folder, "loader.json"))
+    )
 
 
 def load_into(engine: Any, folder: Path) -> LoadedState:

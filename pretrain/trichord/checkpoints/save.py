@@ -22,7 +22,15 @@ from torch import Tensor
 
 from trichord.batches.loader import LoaderState
 from trichord.checkpoints.config import CheckpointsConfig
-from trichord.checkpoints.slices import FORMAT, INDEX_FILE, hash_file, rank_file, slice_key, write_safetensors
+from trichord.checkpoints.slices import (
+    FORMAT,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    hash_file,
+    rank_file,
+    slice_key,
+    write_safetensors,
+)
 from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_save
 from trichord.core.errors import CheckpointError
 from trichord.core.log import get_logger
@@ -30,7 +38,6 @@ from trichord.core.status import write_atomically
 
 log = get_logger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 
 
@@ -59,6 +66,7 @@ class CheckpointSaver:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.last_step: int | None = None
         self._running: _Save | None = None
+        self._own_error: str | None = None
         self._buffers: dict[str, Tensor] = {}
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +78,7 @@ class CheckpointSaver:
         """Take a snapshot of the state after `step` steps and write it in the background. A save still in flight is
         finished first. `train_state` is rank 0's; `loader_state` holds this rank's lanes."""
         self._settle()
+        self._own_error = None
         partial = self.folder / f"{checkpoint_name(step)}.partial-{self.attempt}"
         partial.mkdir(parents=True, exist_ok=True)
         tensors, index = self._snapshot(engine)
@@ -161,14 +170,20 @@ class CheckpointSaver:
                 done["files"][path.name] = {"size": path.stat().st_size, "blake2b": hash_file(path)}
         except Exception as error:  # any failure must reach rank 0, which otherwise waits for this rank
             done = {"error": f"{type(error).__name__}: {error}"}
+            self._own_error = done["error"]
+            (folder / rank_file(self.rank)).unlink(missing_ok=True)  # on a full disk: room for the done file
         try:
             write_atomically(folder / f"rank-{self.rank:05d}.done.json", json.dumps(done))
         except OSError as error:
+            self._own_error = f"{type(error).__name__}: {error}"
             log.error("checkpoint: cannot even write the done file in %s: %s", folder, error)
 
     def _done_files(self, save: _Save) -> dict[int, dict[str, Any]]:
         paths = {rank: save.folder / f"rank-{rank:05d}.done.json" for rank in range(self.world_size)}
-        return {rank: json.loads(path.read_text()) for rank, path in paths.items() if path.exists()}
+        done = {rank: json.loads(path.read_text()) for rank, path in paths.items() if path.exists()}
+        if self._own_error is not None:
+            done[self.rank] = {"error": self._own_error}  # also where its done file could not be written
+        return done
 
     def _abandon(self, save: _Save, reason: str) -> None:
         log.error("checkpoint of step %d abandoned, the previous one stays: %s", save.step, reason)
@@ -182,7 +197,10 @@ class CheckpointSaver:
             return self._abandon(save, f"{type(error).__name__}: {error}")
         self._running = None
         self.last_step = save.step
-        write_atomically(self.folder / LATEST_FILE, checkpoint_name(save.step) + "\n")
+        try:
+            write_atomically(self.folder / LATEST_FILE, checkpoint_name(save.step) + "\n")
+        except OSError as error:  # a hint for humans: the checkpoint itself is there
+            log.warning("cannot write %s: %s", self.folder / LATEST_FILE, error)
         log.info("checkpoint %s saved in %.1f s", checkpoint_name(save.step), time.monotonic() - save.started)
         self._remove_old()
         return save.step
@@ -222,6 +240,14 @@ class CheckpointSaver:
             doomed = path.with_name(f"{path.name}.partial-removed")
             os.rename(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def put_back_replaced(folder: Path) -> None:
+    """Give checkpoints that a dying save had moved aside and not yet replaced their name back. Rank 0, at the start."""
+    for aside in Path(folder).glob("step-*.replaced-*"):
+        final = aside.with_name(aside.name.partition(".")[0])
+        if not final.exists():
+            os.rename(aside, final)
 
 
 def _merge_index(done: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trichord.core.errors import CheckpointError
 
 FORMAT = 1
 INDEX_FILE = "index.json"
+MANIFEST_FILE = "manifest.json"
 
 
 def rank_file(rank: int) -> str:
@@ -76,7 +77,7 @@ class SliceReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.index = read_json(self.folder / INDEX_FILE)
+        self.index = read_verified_json(self.folder, INDEX_FILE)
         if self.index.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.folder} has checkpoint format {self.index.get('format')!r}, this version reads {FORMAT}; "
@@ -120,11 +121,36 @@ class SliceReader:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
+            verify_file(self.folder, file)
             try:
                 self._files[file] = safe_open(str(self.folder / file), framework="pt")
             except Exception as error:
                 raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from error
         return self._files[file]
+
+
+def verify_file(folder: Path, name: str) -> None:
+    """Compare a file's bytes with the hash in the manifest. Reads the whole file once.
+
+    Raises:
+        CheckpointError: they differ, or the manifest does not know the file.
+    """
+    try:
+        expected = read_json(folder / MANIFEST_FILE)["files"][name]["blake2b"]
+        found = hash_file(folder / name)
+    except (KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder / name}: {type(error).__name__}: {error}; the checkpoint is damaged") from error
+    if found != expected:
+        raise CheckpointError(
+            f"{folder / name} has the hash {found}, the manifest says {expected}: its bytes have changed since it was "
+            f"written. Copy a whole one back, or remove {folder} to go on from the checkpoint before it"
+        )
+
+
+def read_verified_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, its hash checked first."""
+    verify_file(folder, name)
+    return read_json(folder / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -205,7 +205,9 @@ def _holds_a_run(path: Path) -> bool:
 
 
 def _holds_a_checkpoint(path: Path) -> bool:
-    return any((path / "checkpoints").glob("step-*/manifest.json"))
+    """Whole or broken: whether one can be loaded is for the checkpoints room to say, which refuses to start over it."""
+    steps = (path / "checkpoints").glob("step-*")
+    return any(step.name.removeprefix("step-").isdigit() for step in steps)
 
 
 def _next_attempt(path: Path) -> int:

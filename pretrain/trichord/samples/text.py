@@ -52,4 +52,6 @@ def decode_meta(data: bytes) -> dict[str, Any]:
         value = meta.get(key)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
             raise BadSample(f"`{key}` in the metadata must be {_KIND_NAMES[key]}, got {type(value).__name__}")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise BadSample(f"`{key}` in the metadata holds half a surrogate pair, which is no text")
     return meta

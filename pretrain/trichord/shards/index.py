@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, NamedTuple, get_args
 
+from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig
@@ -82,9 +83,15 @@ class ShardIndex:
         than `max_members`, or a member of a field that could not be measured.
         """
         fields = fields or FieldsConfig()
-        members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
-        values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample))
-        extra = values.pop() if len(values) > len(self.header.columns) else {}
+        try:
+            members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
+            values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample))
+            extra = values.pop() if len(values) > len(self.header.columns) else {}
+        except (ValueError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"the sidecar of {self.url} is damaged at sample {sample} ({type(error).__name__}: {error}); "
+                "remove its .idx and .len files, they are made again"
+            ) from error
         if "names" in extra:
             members = _renamed(members, extra["names"])
         measures = dict(zip(self.header.columns, values))

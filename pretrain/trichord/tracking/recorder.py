@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trichord.core.errors import TrichordError
 from trichord.core.log import get_logger
 from trichord.tracking.config import TrackingConfig
 from trichord.tracking.metrics import EventsWriter, MetricsWriter
@@ -55,6 +57,7 @@ class Recorder:
         wandb_run_id: str | None,
     ):
         self.active = active
+        self._folder = folder
         self.wandb_run_id = wandb_run_id
         if not active:
             return
@@ -76,13 +79,26 @@ class Recorder:
         """One line of metrics at `step`, to the JSONL first, then to the mirror and the progress display."""
         if not self.active:
             return
-        self._metrics.log(step, values)
+        with self._readable_failure():
+            self._metrics.log(step, values)
         self._wandb.log(step, values)
         self._progress.update(step, values)
 
     def event(self, kind: str, step: int | None = None, **facts: Any) -> None:
         if self.active:
-            self._events.log(kind, step=step, **facts)
+            with self._readable_failure():
+                self._events.log(kind, step=step, **facts)
+
+    @contextmanager
+    def _readable_failure(self) -> Iterator[None]:
+        """A disk that is full or gone ends the run: without its record it could not be resumed or judged."""
+        try:
+            yield
+        except OSError as error:
+            raise TrichordError(
+                f"the record of the run in {self._folder} cannot be written: {error.strerror or error}; "
+                "free space there, then run the same command to go on from the last checkpoint"
+            ) from error
 
     def close(self, exit_code: int) -> None:
         """Flush and close everything; never raises."""

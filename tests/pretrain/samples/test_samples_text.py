@@ -41,3 +41,9 @@ def test_meta_keeps_what_it_holds():
 def test_bad_meta(data, message):
     with pytest.raises(BadSample, match=message):
         decode_meta(data)
+
+
+def test_half_a_surrogate_pair_in_the_metadata_is_a_bad_sample():
+    for key in ("prompt", "group"):
+        with pytest.raises(BadSample, match=f"`{key}` in the metadata holds half a surrogate pair"):
+            decode_meta(b'{"%s": "hi \\ud800"}' % key.encode())

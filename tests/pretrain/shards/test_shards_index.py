@@ -302,3 +302,13 @@ def test_members_of_numpy_and_torch_free_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert np.__name__ == "numpy"
+
+
+def test_random_bytes_in_the_body_of_a_sidecar_name_the_remedy(write_tar):
+    path = write_tar([("0.txt", b"one"), ("1.txt", b"three")])
+    build_index(path)
+    sidecar = Path(path).with_suffix(".len")
+    header, *lines = sidecar.read_bytes().splitlines(keepends=True)
+    sidecar.write_bytes(header + b"".join(b"\xff" * (len(line) - 1) + b"\n" for line in lines))
+    with pytest.raises(DataError, match=r"the sidecar of .* is damaged at sample 1 .*remove its \.idx and \.len"):
+        load_index(path).entry(1)
