@@ -6,7 +6,6 @@ checkpoints room.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +16,7 @@ from trichord.config.environment import environment, git_state
 from trichord.config.load import load_run_config, resolved_yaml
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
-from trichord.core.status import current_attempt
+from trichord.core.status import current_attempt, write_atomically
 
 # Keys that may differ between a run and its continuation; `*` is any one part, a trailing `**` anything below.
 # They say how the work is laid out, how long it goes, how fast it learns, and what is recorded. Everything else decides
@@ -177,8 +176,8 @@ def write_run_record(folder: RunFolder, config: RunConfig) -> None:
         **environment(),
     }
     for place in (folder.path, folder.attempt_path):
-        _write_atomically(place / "config.yaml", resolved_yaml(config))
-        _write_atomically(place / "environment.json", json.dumps(record, indent=2) + "\n")
+        write_atomically(place / "config.yaml", resolved_yaml(config))
+        write_atomically(place / "environment.json", json.dumps(record, indent=2) + "\n")
 
 
 def _branch_of(config: RunConfig) -> tuple[Path, int] | None:
@@ -231,12 +230,6 @@ def _claim_attempt(path: Path, attempt: int) -> int:
             return attempt
         except FileExistsError:
             attempt += 1
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
