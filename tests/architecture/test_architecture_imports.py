@@ -11,6 +11,7 @@ from import_graph import find_cycle, imports, imports_in, modules, project
 ROOMS = (
     "core",
     "shards",
+    "building",
     "samples",
     "batches",
     "layers",
@@ -28,6 +29,8 @@ ROOMS = (
     "journal",
     "train",
     "evaluate",
+    "inspection",
+    "benchmarks",
     "quickstart",
     "cli",
 )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trichord.core.leaf import Leaf
 
@@ -32,7 +32,11 @@ class AudioConfig(Leaf):
     sample_rate: int = Field(default=16_000, ge=1000)
     """All audio is mixed to mono and resampled to this, in Hz."""
     max_seconds: float = Field(default=30.0, gt=0)
-    """Longer clips are quarantined, never cut silently."""
+    long_clips: Literal["drop", "crop"] = "drop"
+    """A clip longer than max_seconds: quarantined, or cropped to it, at a random place in training and to its beginning
+    in evaluation; only the crop is read and decoded where the format can seek."""
+    mel: Literal["device", "worker"] = "device"
+    """Where log-mel is computed: batched on the model's device, or clip by clip in the loader's workers."""
     speed_frac: float = Field(default=0.0, ge=0, le=0.5)
     """Training only: playback speed drawn from 1 +- this; the clip keeps its indexed length (padded or trimmed)."""
     gain_db: float = Field(default=0.0, ge=0, le=40)
@@ -45,7 +49,38 @@ class TextConfig(Leaf):
     """Caps and normalisation of text."""
 
     max_chars: int = Field(default=20_000, ge=1)
+    """Longer texts are quarantined; for a document or a chat this bounds all its texts together."""
     strip: bool = True
+    normalize: Literal["none", "nfc", "nfkc"] = "none"
+    """Unicode normalisation form."""
+    collapse_spaces: bool = False
+    """Runs of white space become one space."""
+
+
+class TargetConfig(Leaf):
+    """A label or number of each sample, read from its json member."""
+
+    key: str = Field(min_length=1)
+    """Dotted path in the json member."""
+    kind: Literal["class", "classes", "number"] = "class"
+    """One class, several (a list), or a finite number."""
+    names: tuple[str, ...] = ()
+    """Class names in the order of their numbers; empty: the json holds the numbers."""
+    num_classes: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _classes_are_counted(self):
+        if self.kind == "number":
+            if self.names or self.num_classes is not None:
+                raise ValueError("a target of kind number has no classes; leave names and num_classes out")
+        elif bool(self.names) == (self.num_classes is not None):
+            raise ValueError(f"a target of kind {self.kind} needs either names or num_classes")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Columns in the batch: classes for `classes`, else 1."""
+        return len(self.names) or self.num_classes or 1
 
 
 class SamplesConfig(Leaf):
@@ -54,3 +89,5 @@ class SamplesConfig(Leaf):
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
     text: TextConfig = TextConfig()
+    targets: dict[str, TargetConfig] = Field(default_factory=dict)
+    """Labels and numbers by name, for objectives that classify or regress. A sample without the value has no target."""

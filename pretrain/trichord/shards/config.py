@@ -26,19 +26,73 @@ class FieldsConfig(Leaf):
         return extensions
 
 
+class MetaFilter(Leaf):
+    """Keep samples by one value of their json member."""
+
+    key: str = Field(min_length=1)
+    """Dotted path: `similarity`, `licence.id`."""
+    min: float | None = None
+    max: float | None = None
+    one_of: tuple[str | int | bool, ...] = ()
+    none_of: tuple[str | int | bool, ...] = ()
+    missing: Literal["drop", "keep"] = "drop"
+    """What becomes of a sample that has no such value."""
+
+    @model_validator(mode="after")
+    def _says_something(self):
+        if self.min is None and self.max is None and not self.one_of and not self.none_of:
+            raise ValueError(f"filter on {self.key!r} keeps everything; give min, max, one_of or none_of")
+        return self
+
+
+class FiltersConfig(Leaf):
+    """Which samples of a source are read. What a filter leaves out is counted by reason and is not bad data."""
+
+    meta: tuple[MetaFilter, ...] = ()
+    min_image_side: int | None = Field(default=None, ge=1)
+    """Shorter side, in pixels."""
+    max_image_aspect: float | None = Field(default=None, ge=1)
+    """Longer side over shorter side."""
+    min_audio_seconds: float | None = Field(default=None, ge=0)
+    max_audio_seconds: float | None = Field(default=None, gt=0)
+    min_text_chars: int | None = Field(default=None, ge=0)
+    max_text_chars: int | None = Field(default=None, ge=1)
+    exclude: tuple[str, ...] = ()
+    """JSON-lines files whose lines name a `shard` (its base name counts) and a `key`: the quarantine.jsonl of a run, the
+    output of `trichord data lint` or of `trichord data stats --duplicates`."""
+
+
 class SourceConfig(Leaf):
     """A weighted set of shards."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     shards: tuple[str, ...] = Field(min_length=1)
-    """Paths, globs (`data/*.tar`), brace ranges (`data/{0000..0099}.tar`) or fsspec URLs of tar files."""
+    """Paths, globs (`data/*.tar`), brace ranges (`data/{0000..0099}.tar`) or fsspec URLs of tar files (.tar, .tar.gz,
+    .tgz), or a `.txt` file that lists such, one per line."""
     fields: FieldsConfig = FieldsConfig()
     weight: float = Field(default=1.0, gt=0)
-    """Share of draws, relative to the other sources."""
+    """Share of draws (or tokens, see `shards.weights_by`), relative to the others of its group."""
+    weight_schedule: tuple[tuple[int, float], ...] = ()
+    """(step, weight) pairs, steps ascending: from each step on, that weight; before the first, `weight`."""
+    group: str = Field(default="", pattern=r"^([A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)?$")
+    """Path of the group it belongs to, such as `speech/english`; empty: none. See `shards.group_weights`."""
     epochs: int | None = Field(default=None, ge=1)
     """How often the source may be read through; null: for ever."""
     require: tuple[Modality, ...] = ()
     """Fields every sample must have; a sample lacking one is quarantined."""
+    filters: FiltersConfig = FiltersConfig()
+    follow: bool = False
+    """Look for new shards at each epoch of the source; each epoch's list of shards is recorded in the run folder."""
+
+    @field_validator("weight_schedule")
+    @classmethod
+    def _ascending(cls, schedule: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        steps = [step for step, _ in schedule]
+        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
+            raise ValueError(f"steps must ascend from 0 or more, got {steps}")
+        if any(not weight > 0 for _, weight in schedule):
+            raise ValueError("weights must be positive; end a source with `epochs`")
+        return schedule
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -54,10 +108,31 @@ class SourceConfig(Leaf):
         return shards
 
 
+class StorageConfig(Leaf):
+    """Reading shards that are not on this machine's disks (s3, gs, http, hf): blocks, cache, patience."""
+
+    cache_dir: str | None = None
+    """Where fetched blocks and unpacked tar.gz are kept; null: $TRICHORD_CACHE, else ~/.cache/trichord."""
+    cache_gib: float = Field(default=20.0, gt=0)
+    """Bound of the cache on this disk; the least recently read goes first. Shared by all processes of the machine."""
+    block_mib: float = Field(default=4.0, gt=0)
+    """Bytes fetched by one range request."""
+    read_ahead_blocks: int = Field(default=2, ge=0)
+    timeout_s: float = Field(default=30.0, gt=0)
+    """Per request; a stalled one is given up and tried again."""
+    attempts: int = Field(default=6, ge=1)
+
+
 class ShardsConfig(Leaf):
     """All sources of the run, the shuffle window, and how much bad data is tolerated."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    group_weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each group by its path, relative to the sources and groups beside it. A group keeps its share as long as
+    one source in it lasts: what runs out inside a group is made up for inside it."""
+    weights_by: Literal["samples", "tokens"] = "samples"
+    """What the weights share out: draws, or tokens (by the mean length of the source's first samples)."""
+    storage: StorageConfig = StorageConfig()
     window_samples: int = Field(default=256, ge=1)
     """Consecutive references of a lane that are permuted and packed together."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
@@ -70,4 +145,16 @@ class ShardsConfig(Leaf):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_have_weights(self):
+        parts = [source.group.split("/") for source in self.sources if source.group]
+        named = {"/".join(path[:depth]) for path in parts for depth in range(1, len(path) + 1)}
+        if named != set(self.group_weights):
+            raise ValueError(
+                f"group_weights must name the groups of the sources, {sorted(named)}; got {sorted(self.group_weights)}"
+            )
+        if any(not weight > 0 for weight in self.group_weights.values()):
+            raise ValueError(f"group weights must be positive, got {self.group_weights}")
         return self
