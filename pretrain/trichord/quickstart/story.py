@@ -162,13 +162,9 @@ class Quickstart:
         return metrics
 
     def _export(self) -> None:
-        from trichord.release.export import export_checkpoint
-        from trichord.restore import restore
+        from trichord.export import export
 
-        restored = restore(self.run)
-        weights = dict(restored.model.named_parameters())
-        facts = {"run": restored.config.run.name, "step": restored.step}
-        export_checkpoint(weights, restored.config, restored.tokenizer, self.run / "export", facts=facts)
+        export(self.run, self.run / "export")
 
     def _caption(self) -> list[dict[str, str]]:
         from trichord.quickstart.captions import caption_scans

@@ -1,0 +1,7 @@
+"""`python -m trichord.cli`."""
+
+import sys
+
+from trichord.cli import main
+
+sys.exit(main())

@@ -1,0 +1,120 @@
+"""Verbs about runs: train, evaluate, export, plan, report, the quick-start, the Weights & Biases mirror."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trichord.cli.app import app, track_app
+from trichord.cli.arguments import ConfigPath, JsonFile, Overrides, RunPath
+from trichord.cli.output import print_metrics, write_json
+from trichord.core.errors import ConfigError
+
+
+@app.command()
+def quickstart(
+    prove: Annotated[bool, typer.Option(help="Also run undisturbed, and compare digests and losses.")] = False,
+    voices: Annotated[bool, typer.Option(help="Add seven voices from Debian packages (Debian, Ubuntu).")] = False,
+    data_only: Annotated[bool, typer.Option(help="Write the shards and stop.")] = False,
+    steps: Annotated[int | None, typer.Option(min=4, help="Length of training; default: the config's.")] = None,
+    root: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+    data: Annotated[Path, typer.Option(help="Where the shards go.")] = Path("data/quickstart"),
+) -> None:
+    """Real data -> shards -> train -> kill -> resume -> evaluate -> export -> report."""
+    from trichord.quickstart.story import Quickstart
+
+    walk = Quickstart(data=data, runs=root, steps=steps, voices=voices)
+    if data_only:
+        walk.build_data()
+        print(data)
+        return
+    result = walk.walk(prove=prove)
+    print_metrics(result["metrics"])
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> int:
+    """Train: one process, or one rank of many under torchrun or trichord-launch."""
+    from trichord.config.identity import inspect_run_folder
+    from trichord.config.load import load_run_config
+    from trichord.core.dist import rank_facts
+
+    run_config = load_run_config(config, overrides or [])
+    if rank_facts().rank == 0:  # the others may come when rank 0 has already begun to write there
+        inspect_run_folder(run_config)  # a run that cannot go on is told before torch is loaded
+    from trichord.train import run
+
+    return run(run_config)
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder.")],
+    suite: Annotated[str, typer.Argument(help="Suite file, or the name of a shipped one (suites/quickstart.yaml).")],
+    json_file: JsonFile = None,
+) -> None:
+    """Metrics of a checkpoint on the sources of a suite, as a table and JSON."""
+    from trichord.config.load import load_suite
+
+    load_suite(suite)  # a mistake in it is told before torch is loaded
+    from trichord.core.log import configure_logging
+    from trichord.evaluate import evaluate as evaluate_checkpoint
+
+    configure_logging()
+    result = evaluate_checkpoint(path, suite)
+    print_metrics(result["metrics"])
+    write_json(json_file, result)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder for its newest one.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
+) -> None:
+    """Write a checkpoint in Hugging Face format."""
+    if out.exists():
+        raise ConfigError(f"{out} exists already; an export never overwrites: name a new folder, or remove it")
+    from trichord.export import export as export_model
+
+    print(export_model(checkpoint, out))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Parameters and memory per GPU of a run, before it runs."""
+    from trichord.config.load import load_run_config
+
+    run_config = load_run_config(config, overrides or [])
+    from trichord.planning.plan import plan as make_plan
+    from trichord.planning.plan import render_plan
+
+    facts = make_plan(run_config, gpus)
+    print(render_plan(facts))
+    write_json(json_file, facts)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, such as runs/NAME.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run's folder.")] = None,
+) -> None:
+    """One self-contained HTML page from the records of one or more runs."""
+    from trichord.tracking.report import render_report
+
+    out = out or runs[0] / "report.html"
+    render_report(runs, out)
+    print(out)
+
+
+@track_app.command("sync")
+def track_sync(run: RunPath) -> None:
+    """Rebuild the run on Weights & Biases from its metrics.jsonl."""
+    from trichord.tracking.wandb import sync_run
+
+    result = sync_run(run)
+    print(f"{result.rows} steps, run {result.run_id} ({result.mode}): {result.location}")
