@@ -20,6 +20,13 @@ class TokenizerKind(str, Enum):
     word = "word"
 
 
+_USED_UP = {
+    TokenizerKind.bpe: "every word of the texts is a single token by now, so nothing is left to merge",
+    TokenizerKind.unigram: "the texts hold no more pieces that occur often enough",
+    TokenizerKind.word: "the texts hold no more different words",
+}
+
+
 @data_app.command("build")
 def data_build(
     source: Annotated[
@@ -30,8 +37,8 @@ def data_build(
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
 ) -> None:
     """Shards with their sidecars from a folder or a table."""
+    from trichord.building.build import build_shards, rows_from_folder, rows_from_table
     from trichord.core.log import configure_logging
-    from trichord.shards.build import build_shards, rows_from_folder, rows_from_table
 
     configure_logging()
     rows = rows_from_table(source) if source.suffix in (".csv", ".jsonl") else rows_from_folder(source)
@@ -72,6 +79,8 @@ def data_tokenizer(
 
     tokenizer = train_tokenizer(_texts(sources), kind.value, vocab_size, out)
     print(f"{out}: {tokenizer.vocab_size} tokens")
+    if tokenizer.vocab_size < vocab_size:
+        print(f"fewer than the {vocab_size} asked for: {_USED_UP[kind]}; more texts would give more tokens")
 
 
 def _source(shards: list[str]):

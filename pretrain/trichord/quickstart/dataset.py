@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 
 from trichord.batches.tokenizer import train_tokenizer
+from trichord.building.writer import BuildRow, build_shards
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.seed import derive_seed
 from trichord.quickstart.voices import RATE as VOICE_RATE
 from trichord.quickstart.voices import SpokenDigit
 from trichord.shards.index import load_header
 from trichord.shards.lanes import keyed_permutation
-from trichord.shards.writer import BuildRow, build_shards
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RECORDING_NAMES = string.digits + string.ascii_uppercase

@@ -12,7 +12,7 @@ from cli_world import CONFIG, in_a_fork, png
 def tiny_world(tmp_path_factory) -> Path:
     """Folder with `c.yaml`, `shards/` (16 pictures with words) and `tok/`. Copied, never changed."""
     from trichord.batches.tokenizer import train_tokenizer
-    from trichord.shards.build import BuildRow, build_shards
+    from trichord.building.build import BuildRow, build_shards
 
     folder = tmp_path_factory.mktemp("tiny")
     rows = [BuildRow(f"{i:04d}", {"png": png(i), "txt": f"thing {i}".encode()}) for i in range(16)]

@@ -10,7 +10,7 @@ from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.shards.config import FieldsConfig
 from trichord.shards.members import is_unsafe, split_name
-from trichord.shards.writer import BuildRow, build_shards
+from trichord.building.writer import BuildRow, build_shards
 
 __all__ = ["BuildRow", "build_shards", "rows_from_folder", "rows_from_table"]
 

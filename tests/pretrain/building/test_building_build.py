@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trichord.core.errors import ConfigError, DataError
-from trichord.shards.build import BuildRow, build_shards, rows_from_folder, rows_from_table
+from trichord.building.build import BuildRow, build_shards, rows_from_folder, rows_from_table
 from trichord.shards.config import ShardsConfig
 from trichord.shards.reader import open_sources, read_member
 
