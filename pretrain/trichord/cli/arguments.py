@@ -7,7 +7,8 @@ import typer
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped one (runs/quickstart.yaml).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values on top of the file: engine.lr=3e-4", metavar="[A.B=C]...")
+    list[str] | None,
+    typer.Argument(help="Values on top of the file: engine.lr=3e-4, or overlay files.", metavar="[A.B=C|MORE.yaml]..."),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here, as JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, such as runs/NAME.")]

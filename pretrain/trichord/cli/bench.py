@@ -1,5 +1,6 @@
 """`trichord bench`: what this machine reaches, against a stated baseline."""
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -10,27 +11,41 @@ from trichord.cli.output import print_rows, write_json
 from trichord.core.errors import EXIT_DONE, EXIT_UNEXPECTED, ConfigError
 
 
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     static: Annotated[bool, typer.Option("--static", help="Judge the compiled kernels; needs no GPU.")] = False,
     archs: Annotated[
         list[str] | None, typer.Option("--arch", help="With --static: sm_90 and so on, repeatable; default: all.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Device, typer.Option(help="Where to time them.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> int:
     """Time every kernel against plain torch, or let the compiler judge it: exit code 1 if it fails a bar."""
     if archs and not static:
         raise ConfigError("--arch is for --static; timings are of the device that is there, see --device")
-    if static:
-        rows = _static_rows(archs)
-    else:
-        from trichord_kernels.bench import bench_kernels as run_bench
-
-        rows = run_bench(device)
-        print_rows(rows)
+    rows = _static_rows(archs) if static else _timed_rows(device)
     write_json(json_file, rows)
     return EXIT_UNEXPECTED if any(row.get("failures") for row in rows) else EXIT_DONE
+
+
+def _timed_rows(device: Device) -> list[dict]:
+    import torch
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch sees no GPU here; run it where nvidia-smi or rocm-smi lists one, with a torch "
+            "built for it, or let the compiler judge the kernels by --static"
+        )
+    from trichord_kernels.bench import bench_kernels as run_bench
+
+    rows = run_bench(device.value)
+    print_rows(rows)
+    return rows
 
 
 def _static_rows(archs: list[str] | None) -> list[dict]:

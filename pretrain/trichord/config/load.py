@@ -1,14 +1,16 @@
-"""YAML file + dotted overrides -> typed, frozen config; and back to YAML.
+"""YAML file + overlay files + dotted overrides -> typed, frozen config; and back to YAML.
 
-Order: defaults of the leaves < file < overrides (`engine.lr=3e-4`). Every mistake of a file is reported in one
-`ConfigError`, each with file and line, key, what was expected, what came, and the nearest valid key. Relative paths
-*inside* a config are relative to the working directory, like paths on the command line, not to the config file.
+Order: defaults of the leaves < file < overrides, from left to right: `engine.lr=3e-4` sets one value, `more.yaml` lays
+a file over what is there (mappings are merged, a list's elements go by number or name, all else is replaced). Every
+mistake of a file is reported in one `ConfigError`, each with file and line, key, what was expected, what came, and the
+nearest valid key. Relative paths *inside* a config are relative to the working directory, like paths on the command
+line, not to the config file.
 """
 
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config in file `path` (or a shipped one by its name) with `a.b=c` overrides on top.
+    """The run config in file `path` (or a shipped one by its name), overrides (`a.b=c`, or overlay files) on top.
 
     Raises:
         ConfigError: no such file, no YAML, or values that do not fit; all mistakes in one message.
@@ -59,13 +61,15 @@ def validate(parsed: ParsedYaml, model: type[Model], overrides: Sequence[str], w
     problems = [Problem(f"{where}:{line}", path, text) for line, path, text in parsed.problems]
     origins: dict[KeyPath, str] = {path: f"{where}:{line}" for path, line in parsed.lines.items()}
     for override in overrides:
+        if "=" not in override and override.endswith((".yaml", ".yml")):
+            problems += _lay_over(parsed.data, override, origins)
+            continue
         try:
             path = _apply(parsed.data, override)
         except ConfigError as error:
             problems.append(Problem(f"override {override!r}", (), str(error)))
             continue
-        origins = {p: origin for p, origin in origins.items() if p[: len(path)] != path}
-        origins[path] = f"override {override!r}"
+        _set_origin(origins, path, f"override {override!r}")
     for path in numbers_from_bools(parsed.data, model):
         problems.append(Problem(_origin(path, origins, where), path, "expected a number, got true or false"))
     try:
@@ -183,8 +187,44 @@ def _apply(data: dict, override: str) -> KeyPath:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise ConfigError("expected KEY.PATH=VALUE such as engine.lr=3e-4")
-    value = parse_scalar_or_yaml(text, "value")
+        raise ConfigError("expected KEY.PATH=VALUE such as engine.lr=3e-4, or an overlay file such as more.yaml")
+    return _set(data, parts, parse_scalar_or_yaml(text, "value"))
+
+
+def _lay_over(data: dict, name: str, origins: dict[KeyPath, str]) -> list[Problem]:
+    """Merge the overlay file `name` into `data`, noting where each value comes from; returns what is wrong with it."""
+    file = find_config(name)
+    overlay = parse_yaml(_read_text(file), str(file))
+    if not isinstance(overlay.data, dict):
+        return [Problem(str(file), (), "expected an overlay with keys and values at the top level")]
+    problems = [Problem(f"{file}:{line}", path, text) for line, path, text in overlay.problems]
+    for parts, value in _leaves(overlay.data):
+        origin = f"{file}:{overlay.lines.get(parts, 1)}"
+        try:
+            _set_origin(origins, _set(data, [str(part) for part in parts], value), origin)
+        except ConfigError as error:
+            problems.append(Problem(origin, (), str(error)))
+    return problems
+
+
+def _leaves(data: dict, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """(path, value) of everything in nested mappings that is no mapping, or an empty one."""
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _set_origin(origins: dict[KeyPath, str], path: KeyPath, origin: str) -> None:
+    """The value at `path`, and with it all inside it, now comes from `origin`."""
+    for inside in [p for p in origins if p[: len(path)] == path]:
+        del origins[inside]
+    origins[path] = origin
+
+
+def _set(data: dict, parts: Sequence[str], value: Any) -> KeyPath:
+    """Set the value at a path, see `_apply`."""
     here: Any = data
     path: KeyPath = ()
     for i, part in enumerate(parts):

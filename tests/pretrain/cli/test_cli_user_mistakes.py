@@ -69,6 +69,8 @@ def drop_checkpoints(world: Path) -> None:
     shutil.rmtree(world / "runs" / "demo" / "checkpoints")
 
 
+OVERLAY = "engine:\n  rl: 3\n"
+
 COMMAND_LINE = [
     Mistake("no verb", "", USAGE, "Usage: trichord"),
     Mistake("unknown verb", "trian c.yaml", USAGE, "No such command 'trian'"),
@@ -78,6 +80,7 @@ COMMAND_LINE = [
     Mistake("option out of range", "plan c.yaml --gpus 0", USAGE, "greater than or equal to 1"),
     Mistake("unknown architecture", "bench kernels --static --arch sm_9", USAGE, "sm_100, gfx942, got sm_9"),
     Mistake("architecture of no compilation", "bench kernels --arch sm_90", USAGE, "--arch is for --static"),
+    Mistake("device of no choice", "bench kernels --device tpu", USAGE, "'tpu' is not one of 'cpu', 'cuda'"),
     Mistake("unknown choice", "data tokenizer x.txt --out t --kind bert", USAGE, "'bert' is not one of 'bpe'"),
 ]
 CONFIG = [
@@ -93,6 +96,9 @@ CONFIG = [
     Mistake("key twice", "train c.yaml", USAGE, "c.yaml:1: run.name: key given twice", edit("{name", "{name: x, name")),
     Mistake("key missing", "train c.yaml", USAGE, "batches.tokenizer: required key", edit("tokenizer: tok, ", "")),
     Mistake("override without a value", "train c.yaml engine.lr", USAGE, "expected KEY.PATH=VALUE"),
+    Mistake("overlay that is not there", "train c.yaml o.yaml", USAGE, "o.yaml: no such file"),
+    Mistake("overlay of a list", "train c.yaml o.yaml", USAGE, "expected an overlay with keys", put("o.yaml", "- 1")),
+    Mistake("overlay with a bad key", "train c.yaml o.yaml", USAGE, "o.yaml:2: engine.rl", put("o.yaml", OVERLAY)),
     Mistake("override of an unknown key", "train c.yaml engine.rl=1", USAGE, "nearest valid key: engine.lr"),
     Mistake("pipe URL", "train c.yaml", USAGE, "runs a shell command and is refused", edit("shards/*.tar", "pipe:ls")),
     Mistake("pair without its tower", "train c.yaml encoders.text=null", USAGE, "set encoders.text"),
@@ -111,6 +117,13 @@ MODEL = [
     Mistake("bad model option", "train c.yaml encoders.vision.options.num_heads=3", USAGE, "timm cannot build"),
     Mistake(
         "DeepSpeed overlay conflict", "train c.yaml engine.deepspeed.gradient_clipping=7", USAGE, "gradient_clipping"
+    ),
+    Mistake(
+        "GPU that is not there",
+        "bench kernels --device cuda",
+        USAGE,
+        "no GPU here",
+        environment=(("CUDA_VISIBLE_DEVICES", ""),),
     ),
     Mistake("init_from nowhere", "train c.yaml run.init_from=nowhere", USAGE, "nothing is at 'nowhere'"),
 ]

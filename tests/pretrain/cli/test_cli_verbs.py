@@ -44,7 +44,7 @@ def run(folder, *arguments: str) -> str:
 def test_config_verbs(world, capsys):
     assert main(["config", "show", "c.yaml", "engine.lr=2e-5", "run.name=x"]) == 0
     (world / "shown.yaml").write_text(capsys.readouterr().out)
-    assert main(["config", "check", "shown.yaml", "c.yaml"]) == 2  # the second is no override
+    assert main(["config", "check", "shown.yaml", "c.yam"]) == 2  # neither an override nor an overlay
     assert main(["config", "check", "shown.yaml"]) == 0
     assert "valid config of run 'x'" in capsys.readouterr().out
     for kind in ("run", "suite", "cluster"):
@@ -82,6 +82,17 @@ def test_data_verbs_go_from_files_to_shards_to_a_tokenizer(world, capsys):
     assert (world / "mine" / "shard-000000.len").is_file()
     assert main(["data", "tokenizer", "mine", "--out", "words", "--kind", "word", "--vocab-size", "32"]) == 0
     assert set(json.loads((world / "words" / "tokenizer.json").read_text())["model"]["vocab"]) > {"word0", "again"}
+
+
+def test_a_vocabulary_that_came_out_smaller_says_why(world, capsys):
+    (world / "t.txt").write_text("aa ab aa ab\n" * 9)
+    for kind, why in (("bpe", "nothing is left to merge"), ("word", "no more different words"), ("unigram", "pieces")):
+        assert main(["data", "tokenizer", "t.txt", "--out", kind, "--kind", kind, "--vocab-size", "300"]) == 0
+        printed = capsys.readouterr().out
+        assert "fewer than the 300 asked for: " in printed
+        assert why in printed
+    assert main(["data", "tokenizer", "t.txt", "--out", "fits", "--kind", "word", "--vocab-size", "8"]) == 0
+    assert "fewer" not in capsys.readouterr().out
 
 
 def test_a_table_becomes_shards(world, capsys):

@@ -63,6 +63,36 @@ def test_overrides_reach_list_elements_by_number_and_by_name(write):
     assert (config.shards.sources[0].weight, config.shards.sources[1].epochs) == (5.0, 2)
 
 
+OVERLAY = """\
+# what changes
+shards:
+  sources:
+    clips: {weight: 5}
+    "0": {epochs: 2}
+engine: {lr: 1e-3, betas: [0.5, 0.6]}
+encoders: {text: null, audio: {}}
+"""
+
+
+def test_overlay_files_merge_mappings_and_lists_by_name(write, tmp_path):
+    overlay = tmp_path / "more.yaml"
+    overlay.write_text(OVERLAY.replace("text: null", "text: {hidden_size: 32}"))
+    config = load_run_config(write(GOOD), ["engine.lr=1", str(overlay), "engine.betas=[0.7, 0.8]"])
+    assert [(s.name, s.weight, s.epochs) for s in config.shards.sources] == [("photos", 1.0, 2), ("clips", 5.0, None)]
+    assert (config.engine.lr, config.engine.betas, config.engine.precision) == (1e-3, (0.7, 0.8), "fp32")
+    assert (config.encoders.text.hidden_size, config.encoders.audio is not None) == (32, True)
+
+
+def test_mistakes_in_overlays_name_their_file_and_line(write, tmp_path):
+    overlay = tmp_path / "more.yaml"
+    overlay.write_text(OVERLAY.replace("clips", "clip").replace("lr: 1e-3", "lr: fast"))
+    got = message(load_run_config, write(GOOD), [str(overlay)])
+    assert f"{overlay}:4: shards.sources has no element 'clip'; expected one of photos, clips" in got
+    assert f"{overlay}:6: engine.lr: expected a valid number" in got
+    overlay.write_text("a: 1\na: 2\n")
+    assert f"{overlay}:2: a: key given twice" in message(load_run_config, write(GOOD), [str(overlay)])
+
+
 def test_overrides_make_the_mappings_on_their_way(write):
     config = load_run_config(write(GOOD), ["encoders.audio.mel.n_mels=40", "engine.deepspeed.zero.bucket=7"])
     assert config.encoders.audio.mel.n_mels == 40
