@@ -9,40 +9,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig
+from trichord.shards.entries import KINDS, FieldMap, Measures, SampleEntry, Sibling, make_entry
 from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, split_name, walk_members
-from trichord.shards.probes import Kind, measure
+from trichord.shards.probes import Kind, Measure, measure
 from trichord.shards.sidecars import LenHeader
 from trichord.shards.storage import open_shard, shard_identity, with_retries
 
-__all__ = ["MemberRef", "SampleEntry", "ShardIndex", "build_index", "index_shards", "load_header", "load_index"]
+__all__ = [
+    "MemberRef",
+    "SampleEntry",
+    "ShardHeader",
+    "ShardIndex",
+    "Sibling",
+    "build_index",
+    "index_shards",
+    "load_header",
+    "load_index",
+]
 
 _log = get_logger(__name__)
-_KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class SampleEntry:
-    """What is known of one sample without opening it.
-
-    key: webdataset's key; shard: URL of the tar. members: by field (`image`, `audio`, `text`, `meta`), those present.
-    text_chars: characters of the text. image_size: (width, height) in pixels after EXIF rotation.
-    audio_frames, audio_rate: frames at audio_rate Hz. problem: why the sample cannot be used, or None.
-    """
-
-    key: str
-    shard: str
-    members: dict[str, MemberRef] = field(default_factory=dict)
-    text_chars: int | None = None
-    image_size: tuple[int, int] | None = None
-    audio_frames: int | None = None
-    audio_rate: int | None = None
-    problem: str | None = None
+_DEFAULT_FIELDS = FieldsConfig()
 
 
 class ShardHeader(NamedTuple):
@@ -62,6 +54,8 @@ class ShardIndex:
         self.header = header
         self._idx, self._idx_starts = idx, _line_starts(idx, header.samples)
         self._lengths, self._length_starts = lengths, _line_starts(lengths, header.samples)
+        self._columns = {pair: number for number, pair in enumerate(header.columns)}
+        self._fields: tuple[FieldsConfig, FieldMap] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -82,58 +76,26 @@ class ShardIndex:
         A sample that cannot be used has `problem` set: two members of one extension, no mapped member, more members
         than `max_members`, or a member of a field that could not be measured.
         """
-        fields = fields or FieldsConfig()
         try:
             members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
-            values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample))
-            extra = values.pop() if len(values) > len(self.header.columns) else {}
-        except (ValueError, IndexError, AttributeError) as error:
+            values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample).decode())
+            extra = values.pop() if len(values) > len(self._columns) else {}
+            if "names" in extra:
+                members = _renamed(members, extra["names"])
+            measures = Measures(self._columns, values, extra.get("numbered", {}))
+            return make_entry(self.url, members, measures, extra.get("problem"), self._field_map(fields), max_members)
+        except (ValueError, IndexError, AttributeError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
                 f"the sidecar of {self.url} is damaged at sample {sample} ({type(error).__name__}: {error}); "
                 "remove its .idx and .len files, they are made again"
             ) from error
-        if "names" in extra:
-            members = _renamed(members, extra["names"])
-        measures = dict(zip(self.header.columns, values))
-        return _entry(self.url, members, measures, extra.get("problem"), fields, max_members)
 
-
-def _entry(
-    url: str,
-    members: list[MemberRef],
-    measures: dict[tuple[str, str], Any],
-    problem: str | None,
-    fields: FieldsConfig,
-    max_members: int | None,
-) -> SampleEntry:
-    by_ext = {ref.ext: ref for ref in members if not is_unsafe(ref.ext)}
-    mapped: dict[str, MemberRef] = {}
-    known: dict[str, Any] = {}
-    for name in (*_KINDS, "meta"):
-        ext = next((ext for ext in getattr(fields, name) if ext.lower() in by_ext), None)
-        if ext is None:
-            continue
-        mapped[name] = by_ext[ext.lower()]
-        known[name] = measures.get((name, ext.lower()))
-        if isinstance(known[name], str):
-            problem = problem or f"{name}: {known[name]}"
-    if not mapped:
-        problem = problem or f"no member with a mapped extension; found {sorted(ref.ext for ref in members)}"
-    if max_members is not None and len(members) > max_members:
-        problem = problem or f"{len(members)} members, more than shards.max_members_per_sample {max_members}"
-    key = (split_name(members[0].name) or ("", ""))[0]
-    if problem is not None:
-        return SampleEntry(key, url, mapped, problem=problem)
-    width_height, frames_rate = known.get("image"), known.get("audio") or (None, None)
-    return SampleEntry(
-        key=key,
-        shard=url,
-        members=mapped,
-        text_chars=known.get("text"),
-        image_size=None if width_height is None else (width_height[0], width_height[1]),
-        audio_frames=frames_rate[0],
-        audio_rate=frames_rate[1],
-    )
+    def _field_map(self, fields: FieldsConfig | None) -> FieldMap:
+        """A source asks with one FieldsConfig for all its samples: the last map is kept."""
+        fields = fields or _DEFAULT_FIELDS
+        if self._fields is None or self._fields[0] is not fields:
+            self._fields = fields, FieldMap(fields)
+        return self._fields[1]
 
 
 def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
@@ -158,27 +120,34 @@ def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
     idx_bytes = idx.encode(errors="surrogateescape")
     columns = tuple(sorted({pair for sample in samples for pair in sample.measures}))
     covered = sorted({(kind, ext) for ext, found in kinds.items() for kind in found})
+    body = "".join(sample.len_line(columns) for sample in samples).encode()
     header = LenHeader(
         shard=identity,
         samples=len(samples),
-        idx=sidecars.idx_digest(idx_bytes),
+        idx=sidecars.digest(idx_bytes),
+        body=sidecars.digest(body),
         columns=columns,
         covered=tuple(covered),
         unsafe_members=report.unsafe_members,
         damage=report.damage,
     )
-    lengths = (header.to_line() + "".join(sample.len_line(columns) for sample in samples)).encode()
+    lengths = header.to_line().encode() + body
     sidecars.write_sidecars(url, idx_bytes, lengths)
     return ShardIndex(url, header, idx_bytes, lengths)
 
 
 @dataclass
 class _Gathered:
-    """One sample while its shard is walked: members with the extension as written, measures by (kind, ext)."""
+    """One sample while its shard is walked: members with the extension as written, measures by (kind, ext).
+
+    numbered: measures by extension and kind of members that only the last part of their extension maps (`0.jpg`): as
+    columns they would be as many as the longest chat has pictures, and empty in most lines.
+    """
 
     key: str
     members: list[tuple[str, MemberRef]] = field(default_factory=list)
-    measures: dict[tuple[str, str], Any] = field(default_factory=dict)
+    measures: dict[tuple[str, str], Measure] = field(default_factory=dict)
+    numbered: dict[str, dict[Kind, Measure]] = field(default_factory=dict)
     problem: str | None = None
 
     def add(self, found: FoundMember, kinds: dict[str, list[Kind]]) -> None:
@@ -186,13 +155,20 @@ class _Gathered:
         if self.problem is None and any(ref.ext == ext for _, ref in self.members):
             self.problem = f"two members with extension {ext!r}, the second is {found.ref.name!r}"
         self.members.append((found.raw_ext, found.ref))
-        for kind in () if is_unsafe(ext) else kinds.get(ext, ()):
+        exact = kinds.get(ext, ())
+        for kind in () if is_unsafe(ext) else dict.fromkeys((*exact, *kinds.get(ext.rpartition(".")[2], ()))):
             found.file.seek(0)
-            self.measures[kind, ext] = measure(kind, found.file, found.ref.size)
+            value = measure(kind, found.file, found.ref.size)
+            if kind in exact:
+                self.measures[kind, ext] = value
+            else:
+                self.numbered.setdefault(ext, {})[kind] = value
 
     def len_line(self, columns: Sequence[tuple[str, str]]) -> str:
         names = sidecars.exact_names([ref for _, ref in self.members])
         extra: dict[str, Any] = {} if self.problem is None else {"problem": self.problem}
+        if self.numbered:
+            extra["numbered"] = self.numbered
         if names is not None:
             extra["names"] = names
         return sidecars.len_line([self.measures.get(pair) for pair in columns], extra)
@@ -220,8 +196,9 @@ def load_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
         place, header = fresh
         try:
             idx, lengths = sidecars.read_sidecars(place)
-            if sidecars.idx_digest(idx) == header.idx and lengths.startswith(header.to_line().encode()):
+            if sidecars.digest(idx) == header.idx and sidecars.is_whole(header, lengths):
                 return ShardIndex(url, header, idx, lengths)
+            _log.warning("sidecars of %s do not match their digests; building them anew", url)
         except (OSError, ValueError) as error:
             _log.warning("sidecars of %s cannot be read (%s); building them anew", url, error)
     return build_index(url, fields)
@@ -288,7 +265,7 @@ def _kinds_by_ext(fields: FieldsConfig) -> dict[str, list[Kind]]:
     """What to measure of a member: the kinds its extension is mapped to, by `fields` or by default."""
     kinds: dict[str, list[Kind]] = {}
     for config in (fields, FieldsConfig()):
-        for kind in _KINDS:
+        for kind in KINDS:
             for ext in getattr(config, kind):
                 if kind not in kinds.setdefault(ext.lower(), []):
                     kinds[ext.lower()].append(kind)

@@ -10,7 +10,8 @@ The text is that of `wds2idx`, byte for byte, on tars without PAX headers; on th
 
 `.len`: JSON lines. The first says which version of the shard it describes and what the columns are; then one array per
 sample with, per column, null (no such member), the member's measure (see `probes`), or a string: why it has none.
-An object at the end of an array holds what does not fit the columns: `problem` of the whole sample, exact `names`.
+An object at the end of an array holds what does not fit the columns: `problem` of the whole sample, exact `names`,
+`numbered` (by extension and kind) for members such as `0.jpg`, which only the last part of their extension maps.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from trichord.shards.sources import filesystem, is_remote, local_path
 
 _log = get_logger(__name__)
 LEN_FORMAT = "trichord-len"
-LEN_VERSION = 1
+LEN_VERSION = 2
 IDX_VERSION = "v1.2"
 CACHE_VARIABLE = "TRICHORD_CACHE"
 _MAX_HEADER_BYTES = 1 << 20
@@ -38,7 +39,8 @@ _MAX_HEADER_BYTES = 1 << 20
 class LenHeader:
     """First line of a `.len` file.
 
-    shard: identity of the tar it describes. samples: lines that follow. idx: length and hash of the `.idx` beside it.
+    shard: identity of the tar it describes. samples: lines that follow. idx: length and hash of the `.idx` beside it;
+    body: those of the lines that follow.
     columns: (kind, ext) of each value in a line. covered: all (kind, ext) that were looked for.
     unsafe_members: members with pickled code, never opened. damage: why the tar was not read to its end, or None.
     """
@@ -46,6 +48,7 @@ class LenHeader:
     shard: dict[str, int | str]
     samples: int
     idx: dict[str, int | str]
+    body: dict[str, int | str]
     columns: tuple[tuple[str, str], ...]
     covered: tuple[tuple[str, str], ...]
     unsafe_members: int = 0
@@ -83,8 +86,8 @@ def parse_idx_line(line: bytes | str) -> list[MemberRef]:
     words = (line.decode(errors="surrogateescape") if isinstance(line, bytes) else line).split()
     if not words or len(words) % 4:
         raise ValueError(f"expected groups of `ext offset size name`, got {len(words)} words")
-    groups = range(0, len(words), 4)
-    return [MemberRef(words[i].lower(), words[i + 3], int(words[i + 1]), int(words[i + 2])) for i in groups]
+    groups = zip(words[::4], words[3::4], words[1::4], words[2::4])
+    return [MemberRef(ext.lower(), name, int(offset), int(size)) for ext, name, offset, size in groups]
 
 
 def exact_names(members: list[MemberRef]) -> list[str] | None:
@@ -97,8 +100,14 @@ def len_line(values: list[Any], extra: dict[str, Any]) -> str:
     return _dump([*values, extra] if extra else values) + "\n"
 
 
-def idx_digest(idx: bytes) -> dict[str, int | str]:
-    return {"bytes": len(idx), "blake2b": hashlib.blake2b(idx, digest_size=16).hexdigest()}
+def digest(data: bytes) -> dict[str, int | str]:
+    return {"bytes": len(data), "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
+
+
+def is_whole(header: LenHeader, lengths: bytes) -> bool:
+    """Whether a `.len` is this header and the body that the header was written for."""
+    start = header.to_line().encode()
+    return lengths.startswith(start) and digest(lengths[len(start) :]) == header.body
 
 
 def sidecar_places(url: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The sidecars: their exact text, what is measured, when they are built anew, where they are kept."""
 
+import dataclasses
 import json
 import os
 import tarfile
@@ -41,7 +42,7 @@ def test_len_is_versioned_and_has_one_line_per_sample(write_tar, png, sound):
     build_index(path)
     lines = [json.loads(line) for line in Path(path).with_suffix(".len").read_text().splitlines()]
     header = lines[0]
-    assert (header["format"], header["version"], header["samples"]) == ("trichord-len", 1, 3)
+    assert (header["format"], header["version"], header["samples"]) == ("trichord-len", 2, 3)
     assert header["shard"] == {"size": os.path.getsize(path), "mtime_ns": os.stat(path).st_mtime_ns}
     assert header["columns"] == [["audio", "wav"], ["image", "png"], ["text", "txt"]]
     assert lines[1:] == [[None, [7, 5], 5], [[800, 8000], None, 0], [None, None, None]]
@@ -304,11 +305,86 @@ def test_members_of_numpy_and_torch_free_import():
     assert np.__name__ == "numpy"
 
 
-def test_random_bytes_in_the_body_of_a_sidecar_name_the_remedy(write_tar):
+@pytest.mark.parametrize("change", ["measure", "garbage"])
+def test_a_len_whose_body_was_changed_is_built_anew(write_tar, change):
     path = write_tar([("0.txt", b"one"), ("1.txt", b"three")])
     build_index(path)
     sidecar = Path(path).with_suffix(".len")
-    header, *lines = sidecar.read_bytes().splitlines(keepends=True)
-    sidecar.write_bytes(header + b"".join(b"\xff" * (len(line) - 1) + b"\n" for line in lines))
-    with pytest.raises(DataError, match=r"the sidecar of .* is damaged at sample 1 .*remove its \.idx and \.len"):
-        load_index(path).entry(1)
+    good = sidecar.read_bytes()
+    header, *lines = good.splitlines(keepends=True)
+    changed = [b"\xff" * (len(line) - 1) + b"\n" if change == "garbage" else b"[9]\n" for line in lines]
+    sidecar.write_bytes(header + b"".join(changed))
+    assert load_index(path).entry(1).text_chars == 5
+    assert sidecar.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff",
+        b"null",
+        b"[[[3]",
+        b"[[]]",
+        b'[5,{"names":7}]',
+        b'[5,{"numbered":[1]}]',
+        b"[]",
+        b"[-1]",
+        b"[true]",
+        b"[2.5]",
+    ],
+)
+def test_a_len_that_lies_about_its_digest_names_the_remedy(write_tar, line):
+    path = write_tar([("0.txt", b"one"), ("0.0.jpg", b"-")])
+    header = dataclasses.replace(build_index(path).header, body=sidecars.digest(line + b"\n"))
+    Path(path).with_suffix(".len").write_bytes(header.to_line().encode() + line + b"\n")
+    with pytest.raises(DataError, match=r"is damaged at sample 0 .*remove its \.idx and \.len"):
+        load_index(path).entry(0)
+
+
+def test_siblings_are_all_images_clips_and_texts_of_a_sample(write_tar, png, sound):
+    path = write_tar(
+        [
+            ("c.json", b"{}"),
+            ("c.0.PNG", png(7, 5)),
+            ("c.1.jpg", b"<html>"),
+            ("c.left.flac", sound(321, 16_000, "FLAC")),
+            ("c.answer.txt", "naïve".encode()),
+            ("c.png", png(2, 3)),
+            ("c.1.pkl", b"-"),
+            ("c.depth.npy", b"-"),
+            ("d.txt", b"plain"),
+        ]
+    )
+    build_index(path)
+    entry = load_index(path).entry(0)
+    assert entry.problem is None
+    assert {ext: (sibling.kind, sibling.measure) for ext, sibling in entry.siblings.items()} == {
+        "0.png": ("image", [7, 5]),
+        "1.jpg": ("image", "not an image in JPEG, PNG, WEBP"),
+        "left.flac": ("audio", [321, 16_000]),
+        "answer.txt": ("text", 5),
+        "png": ("image", [2, 3]),
+    }
+    assert entry.siblings["png"].ref == entry.members["image"]
+    assert entry.siblings["0.png"].ref.name == "c.0.PNG"
+    assert entry.text_chars is None, "a field takes its exact extension only"
+    assert set(load_index(path).entry(1).siblings) == {"txt"}
+
+
+def test_the_exact_extension_says_the_kind_before_its_last_part(write_tar, png):
+    path = write_tar([("0.seg.png", b"four"), ("0.b.png", png(5, 2)), ("0.json", b"{}")])
+    fields = FieldsConfig(text=("seg.png",))
+    load_index(path, fields)
+    assert [(s.kind, s.measure) for s in load_index(path, fields).entry(0, fields).siblings.values()] == [
+        ("text", 4),
+        ("image", [5, 2]),
+    ]
+    # the same sidecars under the default mapping
+    assert load_index(path).entry(0).siblings["seg.png"].kind == "image"
+
+
+def test_a_sample_of_too_many_members_has_no_siblings(write_tar):
+    path = write_tar([(f"0.{number}.txt", b"x") for number in range(9)])
+    assert len(load_index(path).entry(0).siblings) == 9
+    entry = load_index(path).entry(0, max_members=8)
+    assert (entry.siblings, entry.problem) == ({}, "9 members, more than shards.max_members_per_sample 8")
