@@ -17,7 +17,7 @@ from trichord.checkpoints.load import find_latest, incomplete_reason, load_into
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_fill
 from trichord.engine.config import EngineConfig
-from trichord.shards.lanes import LanePlanner
+from trichord.shards.lanes import LanePlanner, LaneSource
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +33,7 @@ def engine_config(stage: int) -> EngineConfig:
 
 def loader_state(step: int) -> LoaderState:
     """The state of this rank's lanes, as a loader would hand it out."""
-    planner = LanePlanner(0, [[100]], [1.0], [None], tiny.ROWS, 8)
+    planner = LanePlanner(0, [LaneSource([100])], num_lanes=tiny.ROWS, window_samples=8)
     lanes = range(dist.get_rank(), tiny.ROWS, dist.get_world_size())
     cursors = {lane: LaneCursor(planner.first_state(lane)) for lane in lanes}
     return LoaderState(step, cursors, {"rows_per_step": tiny.ROWS})

@@ -51,7 +51,8 @@ class LaneReader:
         while self._plan is None or self.cursor.row >= len(self._plan.rows):
             if self._plan is not None:
                 self._close_window()
-            refs, after = self._order.next_window(self.cursor.window)
+            self.cursor = replace(self.cursor, window=self._order.opened(self.cursor.window, 0))
+            refs, after = self._order.next_window(self.cursor.window, 0)
             if not refs:
                 self.cursor = replace(self.cursor, exhausted=True, chain=extend_chain(self.cursor.chain, []))
                 return [], left_out

@@ -29,7 +29,7 @@ from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
 from trichord.samples.config import SamplesConfig
 from trichord.shards.config import ShardsConfig
-from trichord.shards.lanes import LanePlanner
+from trichord.shards.lanes import LanePlanner, LaneSource
 from trichord.shards.quarantine import QuarantineRecord
 from trichord.shards.reader import SourceTable, open_sources
 
@@ -247,13 +247,22 @@ def count_steps(
 
 
 def _order(shards: ShardsConfig, batches: BatchesConfig, tables: Sequence[SourceTable], seed: int) -> LanePlanner:
+    sources = [
+        LaneSource(
+            shard_sizes=table.shard_sizes,
+            weight=source.weight,
+            schedule=source.weight_schedule,
+            group=tuple(source.group.split("/")) if source.group else (),
+            epochs=source.epochs,
+        )
+        for source, table in zip(shards.sources, tables)
+    ]
     return LanePlanner(
         seed,
-        [table.shard_sizes for table in tables],
-        [source.weight for source in shards.sources],
-        [source.epochs for source in shards.sources],
-        batches.rows_per_step,
-        shards.window_samples,
+        sources,
+        group_weights=shards.group_weights,
+        num_lanes=batches.rows_per_step,
+        window_samples=shards.window_samples,
     )
 
 

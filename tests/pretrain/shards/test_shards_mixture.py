@@ -6,16 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trichord.shards.mixture import Mixture, integer_shares
+from trichord.shards.mixture import Mixture
 
 
 def _draws(shares, phases, unit, n):
-    mixture, counts, order = Mixture(shares, phases, unit), [0] * len(shares), []
-    for _ in range(n):
-        source = mixture.next_source(counts)
-        counts[source] += 1
-        order.append(source)
-    return order
+    mixture = Mixture(shares, phases, unit)
+    return [mixture.draw() for _ in range(n)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -38,17 +34,6 @@ def test_a_period_holds_exactly_the_shares():
 def test_the_phase_places_a_rare_source(phase):
     order = _draws((1, 99), (phase, 0), 1000, 100)
     assert abs(order.index(0) - phase / 10) <= 1
-
-
-def test_float_weights_count_as_the_decimals_they_print_as():
-    assert integer_shares([0.1, 0.2, 0.7]) == (1, 2, 7)
-    assert integer_shares([1.0, 1e-3]) == (1000, 1)
-    assert integer_shares([5.0]) == (1,)
-
-
-def test_weights_must_be_positive():
-    with pytest.raises(ValueError, match=r"positive, got \[1\.0, 0\.0\]"):
-        integer_shares([1.0, 0.0])
 
 
 def test_a_very_rare_source_is_cheap():
