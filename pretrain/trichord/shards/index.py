@@ -4,9 +4,10 @@ Torch-free and numpy-free: a login node builds it. Pillow and soundfile are impo
 """
 
 import json
+import os
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from trichord.core.log import get_logger
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig
 from trichord.shards.entries import KINDS, FieldMap, Measures, SampleEntry, Sibling, make_entry
+from trichord.shards.locations import is_remote
 from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, split_name, walk_members
+from trichord.shards.patience import settings
 from trichord.shards.probes import Kind, Measure, measure
 from trichord.shards.sidecars import LenHeader
-from trichord.shards.storage import open_shard, shard_identity, with_retries
+from trichord.shards.storage import configure_storage, open_shard, shard_identity, with_retries
 
 __all__ = [
     "MemberRef",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 _log = get_logger(__name__)
+_LOOKS_AT_ONCE = 16
 _DEFAULT_FIELDS = FieldsConfig()
 
 
@@ -80,6 +84,8 @@ class ShardIndex:
             members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
             values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample).decode())
             extra = values.pop() if len(values) > len(self._columns) else {}
+            if not isinstance(extra.get("problem"), str | None):
+                raise TypeError("a problem that is no text")
             if "names" in extra:
                 members = _renamed(members, extra["names"])
             measures = Measures(self._columns, values, extra.get("numbered", {}))
@@ -113,7 +119,8 @@ def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
     def walk() -> tuple[list[_Gathered], WalkReport]:
         report = WalkReport()
         with open_shard(url) as file:
-            return _gather(walk_members(file, int(identity["size"]), url, report), kinds, report), report
+            size = file.seek(0, os.SEEK_END)  # of what is read: of a tar.gz, the unpacked one
+            return _gather(walk_members(file, size, url, report), kinds, report), report
 
     samples, report = with_retries(walk, f"indexing shard {url}")
     idx = f"{sidecars.IDX_VERSION} {len(samples)}\n" + "".join(sidecars.idx_line(sample.members) for sample in samples)
@@ -199,7 +206,7 @@ def load_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
             if sidecars.digest(idx) == header.idx and sidecars.is_whole(header, lengths):
                 return ShardIndex(url, header, idx, lengths)
             _log.warning("sidecars of %s do not match their digests; building them anew", url)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DataError) as error:
             _log.warning("sidecars of %s cannot be read (%s); building them anew", url, error)
     return build_index(url, fields)
 
@@ -233,18 +240,21 @@ def index_shards(
             on_progress(len(headers), len(set(urls)), header.url)
 
     todo = []
-    for url in dict.fromkeys(urls):
-        fresh = _fresh(url, fields)
-        if fresh is None:
-            todo.append(url)
-        else:
-            note(ShardHeader(url, fresh[1].samples, fresh[1].damage, fresh[1].unsafe_members))
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:  # looking at a remote shard is waiting
+        for url, fresh in threads.map(lambda url: (url, _fresh(url, fields)), dict.fromkeys(urls)):
+            if fresh is None:
+                todo.append(url)
+            else:
+                note(ShardHeader(url, fresh[1].samples, fresh[1].damage, fresh[1].unsafe_members))
     if workers <= 1 or len(todo) <= 1:
         for url in todo:
             note(load_header(url, fields))
     else:
         # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(
+            min(workers, len(todo)), get_context("spawn"), initializer=configure_storage, initargs=(settings(),)
+        )
+        with pool:
             for future in as_completed([pool.submit(load_header, url, fields) for url in todo]):
                 note(future.result())
     return [headers[url] for url in urls]
@@ -254,7 +264,8 @@ def _fresh(url: str, fields: FieldsConfig | None) -> tuple[str, LenHeader] | Non
     """Place and header of sidecars that describe the shard as it is now and cover the mapped extensions."""
     identity = shard_identity(url)
     wanted = {(kind, ext) for ext, kinds in _kinds_by_ext(fields or FieldsConfig()).items() for kind in kinds}
-    for place in sidecars.sidecar_places(url):
+    places = sidecars.sidecar_places(url)
+    for place in reversed(places) if is_remote(url) else places:  # a remote one is asked only where there is none here
         header = sidecars.read_header(place)
         if header is not None and header.shard == identity and wanted <= set(header.covered):
             return place, header

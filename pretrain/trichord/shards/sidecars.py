@@ -24,15 +24,30 @@ from typing import Any
 
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
+from trichord.shards import remote
+from trichord.shards.cache import CACHE_VARIABLE, cache_root
+from trichord.shards.locations import (
+    COMPRESSED,
+    filesystem,
+    is_compressed,
+    is_remote,
+    local_path,
+    plain_name,
+    scheme,
+    shown,
+)
 from trichord.shards.members import MemberRef
-from trichord.shards.sources import filesystem, is_remote, local_path
+from trichord.shards.patience import settings, with_retries
+from trichord.shards.storage import read_whole
 
 _log = get_logger(__name__)
 LEN_FORMAT = "trichord-len"
 LEN_VERSION = 2
 IDX_VERSION = "v1.2"
-CACHE_VARIABLE = "TRICHORD_CACHE"
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_POSITION = 1 << 62  # the kernel takes no position beyond 2^63
+_MAX_SIDECAR_BYTES = 1 << 32
+_READ_ONLY = ("http", "https", "hf")
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,12 @@ class LenHeader:
                 return None
             header = LenHeader(**fields)
             pairs = {name: tuple((kind, ext) for kind, ext in getattr(header, name)) for name in ("columns", "covered")}
-        except (ValueError, TypeError, KeyError):
+            hash(tuple(pairs.values()))  # raises TypeError for what no extension can be
+        except (ValueError, TypeError, KeyError, RecursionError):
             return None
-        return replace(header, **pairs)
+        counts = (header.samples, header.unsafe_members)
+        sound = all(count.__class__ is int and count >= 0 for count in counts) and isinstance(header.damage, str | None)
+        return replace(header, **pairs) if sound else None
 
 
 def idx_line(members: list[tuple[str, MemberRef]]) -> str:
@@ -87,7 +105,11 @@ def parse_idx_line(line: bytes | str) -> list[MemberRef]:
     if not words or len(words) % 4:
         raise ValueError(f"expected groups of `ext offset size name`, got {len(words)} words")
     groups = zip(words[::4], words[3::4], words[1::4], words[2::4])
-    return [MemberRef(ext.lower(), name, int(offset), int(size)) for ext, name, offset, size in groups]
+    members = [MemberRef(ext.lower(), name, int(offset), int(size)) for ext, name, offset, size in groups]
+    for ref in members:
+        if not (0 <= ref.offset < _MAX_POSITION and 0 <= ref.size < _MAX_POSITION):
+            raise ValueError(f"member {ref.name!r} of {ref.size} bytes at byte {ref.offset}")
+    return members
 
 
 def exact_names(members: list[MemberRef]) -> list[str] | None:
@@ -111,40 +133,48 @@ def is_whole(header: LenHeader, lengths: bytes) -> bool:
 
 
 def sidecar_places(url: str) -> list[str]:
-    """Where the sidecars of a shard may be, as URLs without the ending: beside it, then in the local cache.
+    """Where the sidecars of a shard may be, as URLs without the ending, in the order they are tried: beside it, then
+    in the local cache (see `cache.cache_root`), for shards in folders or buckets that this user cannot write to.
 
-    The cache ($TRICHORD_CACHE, else $XDG_CACHE_HOME/trichord, else ~/.cache/trichord) serves shards in folders or
-    buckets that this user cannot write to.
+    Those of tar.gz are kept in the cache only, for they describe the unpacked file; nothing is ever written to http
+    servers, and to the Hugging Face hub, where each write is a commit.
     """
     address = url if is_remote(url) else os.path.abspath(local_path(url))
-    root = os.environ.get(CACHE_VARIABLE) or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "trichord"
-    )
     folder = hashlib.blake2b(address.encode(errors="surrogateescape"), digest_size=12).hexdigest()
-    stem = url.removesuffix(".tar") if is_remote(url) else local_path(url).removesuffix(".tar")
-    return [stem, os.path.join(root, "sidecars", folder, os.path.basename(stem))]
+    stem = plain_name(url) if is_remote(url) else local_path(url)
+    for ending in (*COMPRESSED, ".tar"):
+        stem = stem.removesuffix(ending)
+    cached = os.path.join(cache_root(), "sidecars", folder, os.path.basename(stem))
+    return [cached] if is_compressed(url) else [stem, cached]
 
 
 def read_header(place: str) -> LenHeader | None:
     """Header of the `.len` at a place; None if there is none that this code wrote."""
     try:
         if is_remote(place):
-            fs, path = filesystem(place + ".len")
-            start = fs.cat_file(path, start=0, end=_MAX_HEADER_BYTES)
+            start, _ = with_retries(
+                lambda: remote.fetch(place + ".len", 0, _MAX_HEADER_BYTES, None, settings().timeout_s),
+                f"looking for {shown(place)}.len",
+            )
         else:
             with open(place + ".len", "rb") as file:
                 start = file.readline(_MAX_HEADER_BYTES)
-    except OSError:
+    except (OSError, DataError) as error:
+        if isinstance(error, DataError) and not isinstance(error.__cause__, FileNotFoundError | PermissionError):
+            _log.warning("%s; the sidecars in the local cache are used", error)
         return None
     return LenHeader.from_line(start.split(b"\n", 1)[0])
 
 
 def read_sidecars(place: str) -> tuple[bytes, bytes]:
-    """(.idx, .len) as they are. Raises OSError."""
-    if is_remote(place):
-        fs, path = filesystem(place)
-        return fs.cat_file(path + ".idx"), fs.cat_file(path + ".len")
-    return Path(place + ".idx").read_bytes(), Path(place + ".len").read_bytes()
+    """(.idx, .len) as they are. Raises OSError or DataError."""
+    idx, lengths = (
+        with_retries(
+            lambda path=place + ending: read_whole(path, _MAX_SIDECAR_BYTES), f"reading {shown(place)}{ending}"
+        )
+        for ending in (".idx", ".len")
+    )
+    return idx, lengths
 
 
 def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
@@ -155,25 +185,35 @@ def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
     """
     refusals = []
     for place in sidecar_places(url):
+        if scheme(place) in _READ_ONLY or "::" in place:
+            continue
         try:
             if is_remote(place):
-                fs, path = filesystem(place)
-                fs.pipe_file(path + ".idx", idx)
-                fs.pipe_file(path + ".len", lengths)
+                _, path = filesystem(place)
+                for ending, data in ((".idx", idx), (".len", lengths)):
+                    remote.call(place, "pipe_file", path + ending, data, timeout_s=settings().timeout_s)
             else:
                 os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-                _replace_file(place + ".idx", idx)
+                if not _holds(place + ".idx", idx):  # a right one made by `wds2idx` stays as it is
+                    _replace_file(place + ".idx", idx)
                 _replace_file(place + ".len", lengths)
-        except (OSError, NotImplementedError) as error:
+        except (OSError, NotImplementedError, DataError) as error:
             refusals.append(f"{place}.len ({error})")
             continue
         if refusals:
-            _log.info("sidecars of %s are kept in %s: cannot write %s", url, os.path.dirname(place), refusals[0])
+            _log.info("sidecars of %s are kept in %s: cannot write %s", shown(url), os.path.dirname(place), refusals[0])
         return place
     raise DataError(
-        f"cannot write the sidecars of shard {url}: tried {' and '.join(refusals)}; make one of the folders writable, "
-        f"set {CACHE_VARIABLE} to a folder that is, or run `trichord data index` as a user who may write there"
+        f"cannot write the sidecars of shard {shown(url)}: tried {' and '.join(refusals)}; make one of the folders "
+        f"writable, set {CACHE_VARIABLE} to a folder that is, or run `trichord data index` as one who may write"
     )
+
+
+def _holds(path: str, data: bytes) -> bool:
+    try:
+        return os.path.getsize(path) == len(data) and Path(path).read_bytes() == data
+    except OSError:
+        return False
 
 
 def _replace_file(path: str, data: bytes) -> None:

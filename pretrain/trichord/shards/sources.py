@@ -5,80 +5,97 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
-
-import fsspec.core
 
 from trichord.core.errors import ConfigError, DataError
+from trichord.shards import remote
 from trichord.shards.config import SourceConfig
+from trichord.shards.locations import filesystem, is_compressed, is_remote, local_path, plain_name, shown
+from trichord.shards.patience import settings
+from trichord.shards.storage import read_whole, with_retries
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 _MAGIC = re.compile(r"[*?\[]")
-_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+_UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
+_LIST = ".txt"
+_LIST_PATIENCE = 10  # a glob is many requests
+_MAX_LIST_BYTES = 1 << 28
 _MAX_NAMED = 3
-
-
-def is_remote(url: str) -> bool:
-    """Whether the URL is read through fsspec (`s3://`, `https://`, chained ones) and not from this disk."""
-    return _SCHEME.match(url) is not None and not url.startswith("file://")
-
-
-def local_path(url: str) -> str:
-    """The path of a local URL."""
-    return url.removeprefix("file://")
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. fsspec keeps one instance per process, also after a fork.
-
-    Raises:
-        ConfigError: nothing goes by this scheme, or what does is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ConfigError(
-            f"shards at {url!r} need a file system that is not installed ({error}); install it, for S3 with "
-            "`pip install 'trichord[s3]'`"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"shards at {url!r}: {error}; expected a path, file://, s3://, gs://, https:// or another scheme of fsspec"
-        ) from error
 
 
 def expand_shards(source: SourceConfig) -> list[str]:
     """All shards of a source: sorted and unique, so that their numbers do not depend on the file system.
+
+    A `.txt` is a list of shards: a path, pattern or URL per line, empty lines and those that start with # left out.
 
     Braces (`{0000..0099}`, zero-padded as the longer bound; `{train,extra}`) are expanded first, then globs (`*`, `?`,
     `[...]`, `**`). Local shards are checked to exist; remote ones named without a glob are checked when they are read.
 
     Raises:
         ConfigError: a brace range is malformed, or the URL's file system is unknown or not installed.
-        DataError: nothing matches a pattern, a named shard does not exist, or it is compressed.
+        DataError: nothing matches a pattern, a named shard does not exist, it is compressed other than by gzip,
+            or a list is empty, or cannot be read.
     """
     shards: set[str] = set()
     for pattern in source.shards:
-        urls = list(dict.fromkeys(expand_braces(pattern)))
-        found = [shard for url in urls for shard in _resolve(url)]
-        if not found:
-            raise DataError(
-                f"source {source.name!r}: no shard matches {pattern!r} (looked in {_looked_in(urls)}); "
-                "check shards.sources[].shards, or build shards with `trichord data build`"
-            )
-        missing = [shard for shard in found if not is_remote(shard) and not os.path.isfile(shard)]
-        if missing:
-            raise DataError(_missing_message(source.name, pattern, missing, len(found)))
-        shards.update(found)
-    compressed = sorted(shard for shard in shards if shard.endswith(_COMPRESSED))
-    if compressed:
+        found = _expand(source.name, pattern)
+        for name in found:
+            if plain_name(name).lower().endswith(_LIST):
+                shards.update(shard for line in _listed(source.name, name) for shard in _expand(source.name, line))
+            else:
+                shards.add(name)
+    lists = sorted(shard for shard in shards if plain_name(shard).lower().endswith(_LIST))
+    if lists:
+        raise DataError(f"source {source.name!r}: a list of shards names {shown(lists[0])}, a list; name the shards")
+    packed = sorted(shard for shard in shards if plain_name(shard).lower().endswith(_UNREADABLE))
+    packed = [shard for shard in packed if not is_compressed(shard)]
+    if packed:
         raise DataError(
-            f"source {source.name!r}: {compressed[0]} is compressed, and samples in a compressed tar cannot be reached "
-            "without reading all before them; unpack it once (gunzip, xz -d, zstd -d) and name the .tar"
+            f"source {source.name!r}: {shown(packed[0])} is compressed, and samples in it cannot be reached "
+            "without reading all before them; of these only .tar.gz and .tgz are unpacked (into the cache): unpack it "
+            "once (gunzip, bunzip2, xz -d, zstd -d) and name the .tar"
         )
     return sorted(shards)
+
+
+def _expand(name: str, pattern: str) -> list[str]:
+    """What one pattern of a source means; at least one shard or list, all local ones there."""
+    urls = list(dict.fromkeys(expand_braces(pattern)))
+    found = [shard for url in urls for shard in _resolve(url)]
+    if not found:
+        raise DataError(
+            f"source {name!r}: no shard matches {pattern!r} (looked in {_looked_in(urls)}); "
+            "check shards.sources[].shards, or build shards with `trichord data build`"
+        )
+    missing = [shard for shard in found if not is_remote(shard) and not os.path.isfile(shard)]
+    if missing:
+        raise DataError(_missing_message(name, pattern, missing, len(found)))
+    return found
+
+
+def _listed(name: str, url: str) -> list[str]:
+    """The lines of a list of shards; relative ones are relative to the list, so that both can be moved together."""
+    try:
+        text = with_retries(
+            lambda: read_whole(url, _MAX_LIST_BYTES), f"reading the list of shards {shown(url)}"
+        ).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"source {name!r}: the list {shown(url)} is not UTF-8 ({error.reason})") from error
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise DataError(f"source {name!r}: the list {shown(url)} names no shard; write one path or URL per line")
+    piped = next((line for line in lines if line.startswith("pipe:")), None)
+    if piped is not None:
+        raise DataError(f"source {name!r}: {shown(url)} names {piped!r}; 'pipe:' runs a shell command and is refused")
+    base = plain_name(url).rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url))
+    return [_beside(base, line) for line in lines]
+
+
+def _beside(base: str, line: str) -> str:
+    if line.startswith(("/", "file://")) or is_remote(line):
+        return line
+    return f"{base}/{line}" if is_remote(base) else os.path.join(base, line)
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -126,10 +143,12 @@ def _resolve(url: str) -> list[str]:
 
 def _remote_glob(url: str) -> list[str]:
     fs, path = filesystem(url)
-    try:
-        return [fs.unstrip_protocol(match) for match in fs.glob(path)]
-    except OSError as error:
-        raise DataError(f"cannot list {url!r}: {error}; check the address and your credentials") from error
+
+    def ask() -> list[str]:
+        fs.invalidate_cache()  # a source that grows is listed again
+        return remote.call(url, "glob", path, timeout_s=settings().timeout_s * _LIST_PATIENCE)
+
+    return [fs.unstrip_protocol(match) for match in with_retries(ask, f"listing {shown(url)}")]
 
 
 def _looked_in(urls: list[str]) -> str:

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from trichord.core.errors import DataError
-from trichord.shards import reader, storage
+from trichord.shards import patience, reader, storage
 from trichord.shards.config import ShardsConfig
 from trichord.shards.quarantine import BadSample
 from trichord.shards.reader import open_sources, read_member
@@ -32,7 +32,7 @@ def _config(*sources: list[str], **options) -> ShardsConfig:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr(patience, "FIRST_DELAY_S", 0.0)
     storage._open_files._files.clear()
 
 
@@ -141,7 +141,7 @@ def test_io_that_keeps_failing_stops_the_run(text_shards, monkeypatch):
     with pytest.raises(DataError, match=r"'00001\.txt' of shard .*failed 6 times.*Input/output error") as caught:
         read_member(entry, "text", 10)
     assert caught.value.exit_code == 3
-    assert len(calls) == storage.ATTEMPTS == 6
+    assert len(calls) == patience.settings().attempts == 6
 
 
 def test_a_deleted_shard_is_not_tried_again(text_shards, monkeypatch):

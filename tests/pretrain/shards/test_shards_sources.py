@@ -74,10 +74,64 @@ def test_a_folder_is_not_a_shard(folder):
         expand_shards(_source(str(folder)))
 
 
-def test_compressed_shards_are_refused(folder):
-    (folder / "c.tar.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"c\.tar\.gz is compressed.*gunzip"):
-        expand_shards(_source(f"{folder}/c.tar.gz"))
+@pytest.mark.parametrize("ending", ["tar.bz2", "tar.xz", "tar.zst", "gz"])
+def test_shards_of_other_compressions_are_refused(folder, ending):
+    (folder / f"c.{ending}").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"c\.{ending} is compressed.*only \.tar\.gz and \.tgz.*bunzip2"):
+        expand_shards(_source(f"{folder}/c.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "TAR.GZ"])
+def test_tar_gz_is_let_through(folder, ending):
+    (folder / f"c.{ending}").write_bytes(b"")
+    assert expand_shards(_source(f"{folder}/c.*")) == [f"{folder}/c.{ending}"]
+
+
+def test_a_list_names_shards_beside_itself_by_path_and_by_url(folder, tmp_path):
+    (folder / "mine.txt").write_text(
+        f"# all of them\n\n  b-{{0..1}}.tar\n{folder}/a.tar\ns3://bucket/x.tar\n*.tar\n", encoding="utf-8"
+    )
+    assert expand_shards(_source(f"{folder}/mine.txt", f"{folder}/a.tar")) == [
+        *(f"{folder}/{name}" for name in ("a.tar", "b-0.tar", "b-1.tar")),
+        "s3://bucket/x.tar",
+    ]
+
+
+def test_a_remote_list():
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/lists/deep/train.txt", b"0.tar\nmemory://elsewhere/1.tar\n")
+    assert expand_shards(_source("memory://lists/deep/train.txt")) == [
+        "memory://elsewhere/1.tar",
+        "memory://lists/deep/0.tar",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"# nothing\n\n", r"names no shard; write one path or URL per line"),
+        (b"\xff\xfe", r"is not UTF-8"),
+        (b"pipe:cat x.tar", r"'pipe:' runs a shell command and is refused"),
+        (b"other.txt", r"a list of shards names .*other\.txt, a list"),
+        (b"gone.tar", r"1 of 1 shards .*gone\.tar"),
+    ],
+)
+def test_lists_that_cannot_be_used(folder, content, message):
+    (folder / "other.txt").write_bytes(b"a.tar")
+    (folder / "bad.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        expand_shards(_source(f"{folder}/bad.txt"))
+
+
+def test_a_missing_remote_list_is_named():
+    with pytest.raises(DataError, match=r"reading the list of shards memory://lists/none\.txt"):
+        expand_shards(_source("memory://lists/none.txt"))
+
+
+def test_a_password_in_an_address_is_refused():
+    with pytest.raises(ConfigError, match=r"holds a user name.*\.netrc") as caught:
+        shard_identity("https://me:secret@example.org/a.tar")
+    assert "secret" not in str(caught.value)
 
 
 def test_remote_glob():
