@@ -12,6 +12,11 @@ UNSAFE_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 """Members that hold pickled code. They are never opened: reading one can run it."""
 
 _BLOCK = 512
+_MAX_RECORDS = 64
+_MAX_RECORD_BYTES = 1 << 20
+_RECORDS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 _CHUNK = 1 << 20
 _WEBDATASET_META = re.compile(r"__[^/]*__($|/)")
 _MAGIC_NUMBERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -67,6 +72,31 @@ def is_unsafe(ext: str) -> bool:
     return ext.rsplit(".", 1)[-1].lower() in UNSAFE_EXTENSIONS
 
 
+class _Tar(tarfile.TarFile):
+    """Counts the records (PAX headers, GNU long names) in front of a member."""
+
+    records = 0
+
+
+class _Header(tarfile.TarInfo):
+    """A header that stdlib may believe. It reads records by recursion and takes their sizes at their word."""
+
+    def _proc_member(self, tarfile_: _Tar) -> tarfile.TarInfo:
+        if self.size < 0:
+            raise tarfile.ReadError(f"a size of {self.size} bytes in the header of {self.name!r}")
+        if self.type in _RECORDS:
+            tarfile_.records += 1
+            if tarfile_.records > _MAX_RECORDS:
+                raise tarfile.ReadError(f"more than {_MAX_RECORDS} records in front of one member")
+            if self.size > _MAX_RECORD_BYTES:
+                raise tarfile.ReadError(f"a record of {self.size} bytes, at most {_MAX_RECORD_BYTES} are read")
+        return super()._proc_member(tarfile_)
+
+
+# What stdlib raises over headers that lie, beside its own errors; a failing storage raises OSError.
+_HEADER_ERRORS = (tarfile.TarError, ValueError, IndexError, OverflowError)
+
+
 def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> Iterator[FoundMember]:
     """Yield the members of a tar in file order and fill in `report`; headers (PAX, GNU long names) by stdlib tarfile.
 
@@ -87,8 +117,8 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
         return
     file.seek(0)
     try:
-        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115  the caller closes `file`
-    except tarfile.TarError as error:
+        tar = _Tar.open(fileobj=file, mode="r:", errors="surrogateescape", tarinfo=_Header)  # the caller closes `file`
+    except _HEADER_ERRORS as error:
         if not _starts_as_tar(file):
             raise DataError(
                 f"shard {url} is no tar file ({error}); was a web page or a listing saved under its name?"
@@ -97,8 +127,11 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
         return
     while True:
         try:
+            tar.records = 0
             info = tar.next()
-        except tarfile.TarError as error:
+            if info is not None and info.size < 0:
+                raise tarfile.ReadError(f"member {info.name!r} has a size of {info.size} bytes")
+        except _HEADER_ERRORS as error:
             report.damage = (
                 f"cut or damaged after member {report.last_member!r}, at byte {tar.offset} of {size} ({error})"
             )
