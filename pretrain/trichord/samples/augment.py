@@ -4,16 +4,15 @@ keyed by (seed, source, epoch, sample): the same sample in the same epoch looks 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 from trichord.samples.config import AudioConfig, ImageConfig
 
 _CROP_ATTEMPTS = 10
 _ASPECTS = (3 / 4, 4 / 3)
-_SPEED_STEPS = 100  # playback speeds are hundredths, so that each needs one small resampling filter
+_SPEED_STEPS = 100  # playback speeds are hundredths: ratios of small numbers need small filters
 
 
 def random_crop_box(
@@ -33,16 +32,32 @@ def random_crop_box(
     return None
 
 
-def jitter_square(image: Image.Image, config: ImageConfig, rng: np.random.Generator) -> Image.Image:
-    """Flip, rotate and shift an RGB square as configured; what comes in from outside has the border's median colour."""
+def jitter_square(square: np.ndarray, config: ImageConfig, rng: np.random.Generator) -> np.ndarray:
+    """Change an RGB square (S, S, 3) uint8 as configured: flip, turn and shift, colours, grey, blur, in this order."""
     if config.horizontal_flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if not config.rotate_degrees and not config.shift_frac:
-        return image
+        square = square[:, ::-1]
+    if config.rotate_degrees or config.shift_frac:
+        square = _move(square, config, rng)
+    if not _recolours(config):
+        return square
+    image = _jitter_colours(Image.fromarray(np.ascontiguousarray(square)), config, rng)
+    if config.grayscale_prob and rng.random() < config.grayscale_prob:
+        image = image.convert("L").convert("RGB")
+    if config.blur_prob and rng.random() < config.blur_prob:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*config.blur_sigma)))
+    return np.asarray(image)
+
+
+def _recolours(config: ImageConfig) -> bool:
+    colours = (config.brightness_frac, config.contrast_frac, config.saturation_frac, config.hue_frac)
+    return any(colours) or bool(config.grayscale_prob or config.blur_prob)
+
+
+def _move(square: np.ndarray, config: ImageConfig, rng: np.random.Generator) -> np.ndarray:
+    """Rotate and shift; what comes in from outside has the border's median colour."""
     angle = math.radians(rng.uniform(-config.rotate_degrees, config.rotate_degrees))
     shift_x, shift_y = rng.uniform(-config.shift_frac, config.shift_frac, size=2) * config.size
-    pixels = np.asarray(image)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    border = np.concatenate([square[0], square[-1], square[:, 0], square[:, -1]])
     fill = tuple(int(value) for value in np.median(border, axis=0))
     # Pillow wants the map from a place in the result to its place in the original, about the centre.
     cos, sin, centre = math.cos(angle), math.sin(angle), config.size / 2
@@ -51,7 +66,34 @@ def jitter_square(image: Image.Image, config: ImageConfig, rng: np.random.Genera
         *(cos, sin, cos * from_x + sin * from_y + centre),
         *(-sin, cos, -sin * from_x + cos * from_y + centre),
     )
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+    image = Image.fromarray(np.ascontiguousarray(square))
+    moved = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+    return np.asarray(moved)
+
+
+def _jitter_colours(image: Image.Image, config: ImageConfig, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast, saturation and hue by drawn amounts in a drawn order, as torchvision's ColorJitter does."""
+    steps = (
+        (config.brightness_frac, lambda image, by: ImageEnhance.Brightness(image).enhance(1 + by)),
+        (config.contrast_frac, lambda image, by: ImageEnhance.Contrast(image).enhance(1 + by)),
+        (config.saturation_frac, lambda image, by: ImageEnhance.Color(image).enhance(1 + by)),
+        (config.hue_frac, _turn_hue),
+    )
+    if not any(bound for bound, _ in steps):
+        return image
+    for number in rng.permutation(len(steps)):
+        bound, change = steps[number]
+        if bound:
+            image = change(image, rng.uniform(-bound, bound))
+    return image
+
+
+def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
+    """turn: in full turns of the colour circle."""
+    hue, saturation, value = image.convert("HSV").split()
+    shift = round(turn * 256)
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 _NOISE_RANGE_DB = 40  # down to next to nothing: a model that never hears a clean clip takes one for something new
@@ -63,7 +105,7 @@ def jitter_waveform(waveform: np.ndarray, config: AudioConfig, rng: np.random.Ge
     if config.speed_frac:
         bound = round(config.speed_frac * _SPEED_STEPS)
         speed = _SPEED_STEPS + int(rng.integers(-bound, bound + 1))
-        waveform = fit_length(resample(waveform, _SPEED_STEPS, speed), len(waveform))
+        waveform = fit_length(resample(waveform, speed, _SPEED_STEPS), len(waveform))
     if config.gain_db:
         waveform = waveform * np.float32(10 ** (rng.uniform(-config.gain_db, config.gain_db) / 20))
     if config.noise_db is not None:
@@ -73,24 +115,19 @@ def jitter_waveform(waveform: np.ndarray, config: AudioConfig, rng: np.random.Ge
     return waveform
 
 
-def resample(waveform: np.ndarray, up: int, down: int) -> np.ndarray:
-    """Float32 (n,) to float32 (ceil(n * up / down),), by a polyphase filter."""
-    divisor = math.gcd(up, down)
-    up, down = up // divisor, down // divisor
-    if up == down:
+def changes_waveforms(config: AudioConfig) -> bool:
+    """Whether `jitter_waveform` does anything."""
+    return bool(config.speed_frac or config.gain_db) or config.noise_db is not None
+
+
+def resample(waveform: np.ndarray, rate: float, target_rate: float) -> np.ndarray:
+    """Float32 (n,) at `rate` to `target_rate`, band-limited (soxr, quality HQ); length n * target_rate / rate, rounded
+    somehow: cut or pad with `fit_length`."""
+    if rate == target_rate:
         return waveform
-    from scipy.signal import resample_poly  # half a second to import; most clips have the model's rate
+    import soxr
 
-    return resample_poly(waveform, up, down, window=_filter(up, down)).astype(np.float32, copy=False)
-
-
-@lru_cache(maxsize=256)
-def _filter(up: int, down: int) -> np.ndarray:
-    """scipy's own default for resample_poly, designed once per pair of rates and not once per clip."""
-    from scipy.signal import firwin
-
-    widest = max(up, down)
-    return firwin(20 * widest + 1, 1 / widest, window=("kaiser", 5.0)).astype(np.float32)  # pyright: ignore[reportArgumentType]
+    return soxr.resample(waveform, rate, target_rate)
 
 
 def fit_length(waveform: np.ndarray, length: int) -> np.ndarray:

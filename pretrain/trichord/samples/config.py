@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from trichord.core.leaf import Leaf
 
@@ -24,6 +24,26 @@ class ImageConfig(Leaf):
     shift_frac: float = Field(default=0.0, ge=0, le=0.5)
     """Training only: translation drawn from +-this share of the side."""
     horizontal_flip: bool = False
+    """Training only, like all that follow: mirrored in half of the draws."""
+    brightness_frac: float = Field(default=0.0, ge=0, le=1)
+    """Brightness is multiplied by a draw from 1 +- this; likewise contrast and saturation, in a drawn order."""
+    contrast_frac: float = Field(default=0.0, ge=0, le=1)
+    saturation_frac: float = Field(default=0.0, ge=0, le=1)
+    hue_frac: float = Field(default=0.0, ge=0, le=0.5)
+    """The hue is turned by a draw from +- this share of the colour circle."""
+    grayscale_prob: float = Field(default=0.0, ge=0, le=1)
+    """Share of the draws that lose their colour."""
+    blur_prob: float = Field(default=0.0, ge=0, le=1)
+    """Share of the draws that are blurred, with a Gaussian of a sigma from `blur_sigma`."""
+    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    """In pixels of the square: least and most."""
+
+    @field_validator("blur_sigma")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"expected the smaller sigma first, got {value}")
+        return value
 
 
 class AudioConfig(Leaf):
@@ -66,7 +86,7 @@ class TargetConfig(Leaf):
     """One class, several (a list), or a finite number."""
     names: tuple[str, ...] = ()
     """Class names in the order of their numbers; empty: the json holds the numbers."""
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: int | None = Field(default=None, ge=1, le=2**24)
 
     @model_validator(mode="after")
     def _classes_are_counted(self):

@@ -1,4 +1,7 @@
-"""Image bytes to the square of pixels that the model sees. Normalisation happens on the model's device."""
+"""Image bytes to the square of pixels that the model sees. Normalisation happens on the model's device.
+
+JPEG goes through samples/jpeg.py, everything else through Pillow; from the crop on both are the same.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from PIL import Image, ImageOps
 
 from trichord.samples.augment import jitter_square, random_crop_box
 from trichord.samples.config import ImageConfig
+from trichord.samples.jpeg import JPEG_MAGIC, decode_jpeg, read_jpeg_header, shrink_factor, turn_upright
 from trichord.shards.probes import IMAGE_FORMATS
 from trichord.shards.quarantine import BadSample
 
@@ -33,18 +37,25 @@ def decode_image(
         BadSample: not a named image format, broken, cut short, over `max_pixels`, or not of the indexed size.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap is config.max_pixels
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            check_pixels(image.size, config)
-            square = _resize_upright(image, config, indexed_size, rng)
+        header = read_jpeg_header(data) if data.startswith(JPEG_MAGIC) else None
+        if header is None:
+            pixels, size, box = _decode_with_pillow(data, config, indexed_size, rng)
+        else:
+            turned = header.orientation >= 5  # EXIF orientations that swap width and height
+            size = (header.height, header.width) if turned else (header.width, header.height)
+            check_pixels(size, config)
+            _check_indexed(size, indexed_size)
+            box = _crop_box(size, config, rng)
+            factor = shrink_factor(min(box[2] - box[0], box[3] - box[1]), config.size)
+            pixels = turn_upright(decode_jpeg(data, header, factor), header.orientation)
+        square = _resize(pixels, size, box, config.size)
     except (BadSample, MemoryError, ImportError):
         raise
     except Exception as error:  # the bytes are in memory: whatever the decoder says is about them
         raise BadSample(f"the image cannot be decoded: {describe_fault(error)}") from error
     if rng is not None:
         square = jitter_square(square, config, rng)
-    return np.ascontiguousarray(np.asarray(square, dtype=np.uint8).transpose(2, 0, 1))
+    return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
 def check_pixels(size: tuple[int, int], config: ImageConfig) -> None:
@@ -61,24 +72,52 @@ def describe_fault(error: Exception) -> str:
     return re.sub(r"<[^<>]* object at 0x[0-9a-f]+>", "the data", str(error)) or type(error).__name__
 
 
-def _resize_upright(
-    image: Image.Image, config: ImageConfig, indexed_size: tuple[int, int] | None, rng: np.random.Generator | None
-) -> Image.Image:
-    stored_size = image.size
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap width and height
-    upright_size = (stored_size[1], stored_size[0]) if turned else stored_size
-    if indexed_size is not None and upright_size != tuple(indexed_size):
-        raise BadSample(f"the image has {upright_size} pixels upright, its index says {tuple(indexed_size)}")
-    box = _crop_box(upright_size, config, rng)
-    # A JPEG decodes faster at a half, quarter or eighth. Twice the wanted size is left for the filter below.
-    shrink = min(box[2] - box[0], box[3] - box[1]) / (2 * config.size)
-    if shrink >= 2:
-        image.draft(None, (int(stored_size[0] / shrink), int(stored_size[1] / shrink)))
-    image = to_rgb(ImageOps.exif_transpose(image))
-    scale_x, scale_y = image.width / upright_size[0], image.height / upright_size[1]
-    right, lower = min(box[2] * scale_x, image.width), min(box[3] * scale_y, image.height)
-    scaled = (box[0] * scale_x, box[1] * scale_y, right, lower)
-    return image.resize((config.size, config.size), Image.Resampling.BICUBIC, box=scaled)
+def _check_indexed(size: tuple[int, int], indexed_size: tuple[int, int] | None) -> None:
+    if indexed_size is not None and size != tuple(indexed_size):
+        raise BadSample(f"the image has {size} pixels upright, its index says {tuple(indexed_size)}")
+
+
+def _decode_with_pillow(
+    data: bytes, config: ImageConfig, indexed_size: tuple[int, int] | None, rng: np.random.Generator | None
+) -> tuple[np.ndarray, tuple[int, int], Box]:
+    """Upright pixels (H, W, 3) of the first frame, their (width, height), and the box to crop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap is config.max_pixels
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    check_pixels(image.size, config)
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    size = (image.height, image.width) if turned else image.size
+    _check_indexed(size, indexed_size)
+    box = _crop_box(size, config, rng)
+    return np.asarray(to_rgb(ImageOps.exif_transpose(image))), size, box
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int], box: Box, side: int) -> np.ndarray:
+    """The box of an upright picture as (side, side, 3), by an antialiased bicubic filter that sees the box alone.
+
+    pixels: (H, W, 3) uint8, the picture of (width, height) `size` or a reduction of it. box: in pixels of `size`; its
+    edges are rounded to those of `pixels`. torch's filter differs from Pillow's by one level at most in practice and
+    takes a third of the time.
+    """
+    import torch
+
+    height, width = pixels.shape[:2]
+    left, right = _edges(box[0], box[2], width / size[0], width)
+    upper, lower = _edges(box[1], box[3], height / size[1], height)
+    crop = pixels[upper:lower, left:right]
+    if crop.shape[:2] == (side, side):
+        return crop
+    if min(crop.strides) < 0 or not crop.flags.writeable:
+        crop = crop.copy()  # neither is for torch
+    image_CHW = torch.from_numpy(crop).permute(2, 0, 1)
+    resized = torch.nn.functional.interpolate(image_CHW[None], (side, side), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _edges(low: float, high: float, scale: float, length: int) -> tuple[int, int]:
+    """Whole pixels of one axis, at least one."""
+    start = min(round(low * scale), length - 1)
+    return start, max(min(round(high * scale), length), start + 1)
 
 
 def _crop_box(size: tuple[int, int], config: ImageConfig, rng: np.random.Generator | None) -> Box:
@@ -91,7 +130,7 @@ def _crop_box(size: tuple[int, int], config: ImageConfig, rng: np.random.Generat
         if box is not None:
             return box
     side = float(min(width, height))
-    left, upper = (width - side) / 2, (height - side) / 2
+    left, upper = (width - side) // 2, (height - side) // 2
     return left, upper, left + side, upper + side
 
 

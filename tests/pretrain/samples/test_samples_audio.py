@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from trichord.samples.audio import decode_audio, resampled_length
+from trichord.samples.audio import clip_samples, decode_audio
 from trichord.samples.config import AudioConfig
 from trichord.shards.quarantine import BadSample
 
@@ -61,7 +61,7 @@ def test_full_scale_floats_are_clipped_not_wrapped():
 def test_resampling_gives_the_planned_length(rate, frames):
     data = encode(tone(frames, rate), rate)
     wave = decode_audio(data, CONFIG, (frames, rate))
-    assert len(wave) == resampled_length(frames, rate, 16_000) == -(-frames * 16_000 // rate)
+    assert len(wave) == clip_samples(frames, rate, CONFIG) == -(-frames * 16_000 // rate)
 
 
 def test_resampling_keeps_the_tone():
@@ -77,7 +77,7 @@ def test_resampling_keeps_the_tone():
         (b"", CONFIG, None, "cannot be decoded"),
         (encode(tone(0)), CONFIG, None, "0 frames"),
         (encode(tone()), AudioConfig(max_seconds=0.4), None, r"longer|s long; samples\.audio\.max_seconds allows 0\.4"),
-        (encode(tone()), CONFIG, (7999, 16_000), "index says 7999 frames, the decoder gave more"),
+        (encode(tone()), CONFIG, (7999, 16_000), "index says 7999 frames, the decoder gave 8000"),
         (encode(tone()), CONFIG, (8001, 16_000), "index says 8001 frames, the decoder gave 8000"),
         (encode(tone()), CONFIG, (8000, 8000), "16000 Hz, its index says 8000"),
         (encode(np.array([0, np.nan], np.float32), subtype="FLOAT"), CONFIG, None, "not finite"),
