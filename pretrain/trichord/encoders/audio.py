@@ -1,4 +1,4 @@
-"""Audio towers: waveforms -> log-mel on the device -> feature tokens, each clip at its own length.
+"""Audio towers: waveforms -> log-mel on the device, or by the workers -> feature tokens; each clip at its length.
 
 Shapes: A clips, N samples, F mel bins, M frames of the longest clip, L audio tokens of the longest clip.
 """
@@ -68,17 +68,41 @@ class AudioTower(nn.Module):
         """Tokens of each clip, from the clips' A + 1 offsets into the waveforms."""
         return [audio_tokens(self.config, end - start) for start, end in itertools.pairwise(offsets)]
 
-    def forward(self, waveforms: Tensor, offsets: Sequence[int]) -> Tensor:
-        """waveforms (N,) int16, clips end to end; offsets: A + 1 host ints -> (A, L, D), garbage past a clip's end."""
-        lengths = [end - start for start, end in itertools.pairwise(offsets)]
-        padded = pad_sequence(list(waveforms.split(lengths)), batch_first=True).float() / 32768.0
+    def count_mel_tokens(self, mel_offsets: Sequence[int]) -> list[int]:
+        """Tokens of each clip, from the clips' A + 1 offsets into log-mel frames."""
+        return [-(-(end - start) // self.config.stride) for start, end in itertools.pairwise(mel_offsets)]
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        offsets: Sequence[int],
+        log_mels: Tensor | None = None,
+        mel_offsets: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Feature tokens (A, L, D) of clips laid end to end, garbage past a clip's end.
+
+        waveforms (N,) int16; offsets: A + 1 host ints. Where workers computed log-mel, these are not looked at but
+        log_mels (M, F) float32 and mel_offsets, A + 1 host ints.
+        """
+        if log_mels is not None and mel_offsets is not None:
+            frames = [end - start for start, end in itertools.pairwise(mel_offsets)]
+            features = pad_sequence(list(log_mels.split(frames)), batch_first=True).transpose(1, 2)
+            tokens = self.count_mel_tokens(mel_offsets)
+        else:
+            lengths = [end - start for start, end in itertools.pairwise(offsets)]
+            features = self._log_mel(waveforms, lengths)
+            frames = [mel_frames(self.config, length) for length in lengths]
+            tokens = self.count_tokens(offsets)
+        dtype = next(self.encoder.parameters()).dtype
+        return self.encoder(features.to(dtype), frames, tokens)
+
+    def _log_mel(self, waveforms: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(A, F, M) float32 of clips laid end to end, on their device."""
+        padded = pad_sequence(list(waveforms.split(list(lengths))), batch_first=True).float() / 32768.0
         mel = self.config.mel
-        features = log_mel(
+        return log_mel(
             padded, lengths, sample_rate=self.sample_rate, n_mels=mel.n_mels, n_fft=mel.n_fft, hop_length=mel.hop_length
         )
-        dtype = next(self.encoder.parameters()).dtype
-        frames = [mel_frames(self.config, length) for length in lengths]
-        return self.encoder(features.to(dtype), frames, self.count_tokens(offsets))
 
     def placeholder(self, device: torch.device) -> tuple[Tensor, list[int]]:
         """A short silence, waveform and offsets, for a micro-batch without audio."""
