@@ -42,12 +42,17 @@ _DEFAULT_FIELDS = FieldsConfig()
 
 
 class ShardHeader(NamedTuple):
-    """What `open_sources` needs of a shard: how many samples, and what is wrong with it as a whole."""
+    """What `open_sources` needs of a shard: how many samples, what is wrong with it as a whole, hash of its `.idx`."""
 
     url: str
     num_samples: int
     damage: str | None
     unsafe_members: int
+    idx: str
+
+    @staticmethod
+    def of(url: str, header: LenHeader) -> "ShardHeader":
+        return ShardHeader(url, header.samples, header.damage, header.unsafe_members, str(header.idx["blake2b"]))
 
 
 class ShardIndex:
@@ -215,7 +220,7 @@ def load_header(url: str, fields: FieldsConfig | None = None) -> ShardHeader:
     """How many samples a shard has: one line is read where the sidecars are fresh, else they are built."""
     fresh = _fresh(url, fields)
     header = fresh[1] if fresh is not None else build_index(url, fields).header
-    return ShardHeader(url, header.samples, header.damage, header.unsafe_members)
+    return ShardHeader.of(url, header)
 
 
 def index_shards(
@@ -245,7 +250,7 @@ def index_shards(
             if fresh is None:
                 todo.append(url)
             else:
-                note(ShardHeader(url, fresh[1].samples, fresh[1].damage, fresh[1].unsafe_members))
+                note(ShardHeader.of(url, fresh[1]))
     if workers <= 1 or len(todo) <= 1:
         for url in todo:
             note(load_header(url, fields))
