@@ -139,7 +139,7 @@ IMPORT_NAMES = {
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("trichord", ("kernels", "train")), ("trichord_kernels", ("kernels",)), ("trichord_launch", ())],
+    [("trichord", ("kernels", "train", "convert", "ray")), ("trichord_kernels", ("kernels",)), ("trichord_launch", ())],
 )
 def test_every_library_that_is_imported_is_declared(package, extras):
     ours = sys.stdlib_module_names | {"trichord", "trichord_kernels", "trichord_launch"}

@@ -1,133 +1,271 @@
-"""Rows for `trichord data build`, from a folder of files or from a table."""
+"""Building shards: the rows are listed once, shards of even size are cut from the list and written side by side, and
+appear under their names when all of them are whole.
 
-import csv
+The bytes depend on the rows, their order and the sizes asked for, never on the number of workers or on interruptions.
+Until it is done, a build lives in `OUT/.PREFIX.partial`: the list of rows, the plan, the shards that are finished.
+"""
+
+from __future__ import annotations
+
+import itertools
 import json
-from collections.abc import Iterator
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from trichord.core.errors import DataError
+from trichord.building.balance import cut, shuffled
+from trichord.building.partial import PLAN_FILE, partial_folder, refuse_taken
+from trichord.building.processes import run_tasks
+from trichord.building.rows import BadRow, BuildRow, located
+from trichord.building.spool import SpoolWriter, write_order
+from trichord.building.writer import ShardDone, ShardTask, make_shard
+from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
+from trichord.core.seed import derive_seed
+from trichord.core.status import write_atomically
 from trichord.shards.config import FieldsConfig
-from trichord.shards.members import is_unsafe, split_name
-from trichord.building.writer import BuildRow, build_shards
+from trichord.shards.index import index_shards
+from trichord.shards.quarantine import BadSample
 
-__all__ = ["BuildRow", "build_shards", "rows_from_folder", "rows_from_table"]
+__all__ = ["BuildResult", "BuildRow", "Layout", "build", "build_shards"]
 
 _log = get_logger(__name__)
-_FILE_COLUMNS = ("image", "audio")
+DEFAULT_SAMPLES_PER_SHARD = 10_000
+DEFAULT_MAX_BYTES = 2**30
+_MOVES_FILE = "moves.json"
+_LISTED_PER_LINE = 100_000
+_MAX_NAMED = 3
 
 
-def rows_from_folder(path: str | Path, fields: FieldsConfig | None = None) -> Iterator[BuildRow]:
-    """Files that share a stem are one sample: `cat/1.jpg`, `cat/1.txt` -> key `cat/1`. Sorted by key, subfolders too.
+@dataclass(frozen=True)
+class Layout:
+    """How rows become shards.
 
-    Files whose extension is not mapped to a field are left out and counted in the log.
+    samples_per_shard, max_bytes: no shard holds more (a single larger sample aside). even: shards of a group hold about
+    as much; else each is filled before the next begins. shuffle: seed of an order over all rows; None keeps theirs.
+    """
+
+    prefix: str = "shard"
+    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD
+    max_bytes: int = DEFAULT_MAX_BYTES
+    shuffle: int | None = None
+    even: bool = True
+
+    def __post_init__(self):
+        if self.samples_per_shard < 1 or self.max_bytes < 1:
+            raise ConfigError(f"a shard holds at least one sample and one byte, got {self}")
+        if not self.prefix or "/" in self.prefix or self.prefix.startswith("."):
+            raise ConfigError(f"expected a prefix such as 'train', got {self.prefix!r}")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """shards: paths by group, in order. samples: in them. left_out: (origin, reason) of what is bad."""
+
+    shards: dict[str, list[str]]
+    samples: int
+    left_out: list[tuple[str, str]]
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for paths in self.shards.values() for path in paths]
+
+
+def build_shards(
+    rows: Iterable[BuildRow | BadRow],
+    out_dir: str | Path,
+    prefix: str = "shard",
+    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    fields: FieldsConfig | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    workers: int = 1,
+    shuffle: int | None = None,
+    even: bool = True,
+    check_contents: bool = False,
+) -> list[str]:
+    """Write rows that a program makes to `out_dir/PREFIX-000000.tar`, ... with their sidecars; returns the paths.
+
+    The same rows give the same bytes; what is bad raises. See `build`, which this calls without a way to go on later.
+    """
+    layout = Layout(prefix, samples_per_shard, max_bytes, shuffle, even)
+    return build(
+        rows,
+        out_dir,
+        layout,
+        fields=fields,
+        on_progress=on_progress,
+        workers=workers,
+        check_contents=check_contents,
+    ).paths
+
+
+def build(
+    rows: Iterable[BuildRow | BadRow],
+    out_dir: str | Path,
+    layout: Layout,
+    *,
+    identity: dict[str, Any] | None = None,
+    fields: FieldsConfig | None = None,
+    on_bad: Literal["stop", "skip"] = "stop",
+    check_contents: bool = True,
+    workers: int = 1,
+    ray: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BuildResult:
+    """Write rows to `OUT/[GROUP/]PREFIX-000000.tar`, ... with sidecars. Shards appear when all of them are whole.
+
+    Args:
+        rows: read once, in one process. identity: what the rows come from, as JSON; with it, a build that was cut off
+            goes on from its list and its finished shards (`rows` is not read again), without it, it starts anew.
+        on_bad: a BadRow, a file that is not there, a header that cannot be read: stop, or leave it out and count it.
+        check_contents: look at the header of every image and clip, and whether texts are UTF-8.
+        workers, ray: see `run_tasks`. on_progress: called with (samples in finished shards, samples in all).
 
     Raises:
-        DataError: there is no such folder, or no file in it has a mapped extension.
+        ConfigError: shards of that prefix are there already, or the half-done build there is another one or is at work.
+        DataError: there is no row, a row is bad, or something cannot be read or written.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"no folder {root}; give a folder of files, or a .csv or .jsonl table")
+    out_dir = Path(out_dir)
     fields = fields or FieldsConfig()
-    mapped = {ext for kind in ("image", "audio", "text", "meta") for ext in getattr(fields, kind)}
-    samples: dict[str, dict[str, bytes | Path]] = {}
-    skipped = 0
-    for file in sorted(file for file in root.rglob("*") if file.is_file()):
-        parts = split_name(file.relative_to(root).as_posix())
-        if parts is None or parts[1].lower() not in mapped:
-            skipped += 1
-            continue
-        samples.setdefault(parts[0], {})[parts[1].lower()] = file
-    if not samples:
-        raise DataError(f"no file in {root} has a mapped extension ({', '.join(sorted(mapped))}); {skipped} others")
-    if skipped:
-        _log.warning("%d files in %s have no mapped extension and are left out", skipped, root)
-    for key in sorted(samples):
-        yield BuildRow(key, samples[key])
+    checked = fields.model_dump() if check_contents else None
+    of = {"layout": asdict(layout), "source": identity, "checked": checked}
+    with partial_folder(out_dir, layout.prefix, of, keep=identity is not None) as folder:
+        if not (folder / _MOVES_FILE).exists():
+            if not (folder / PLAN_FILE).exists():
+                _plan(rows, folder, out_dir, layout, of, on_bad)
+            plan = json.loads((folder / PLAN_FILE).read_text())
+            for group in {group for group, _, _ in plan["shards"]}:
+                refuse_taken(out_dir / group, layout.prefix)
+            tasks = _tasks(folder, plan, check_contents, on_bad, fields)
+            _note_moves(folder, layout.prefix, plan, _write_all(tasks, workers, ray, on_progress))
+        result = _publish(folder, out_dir)
+    index_shards(result.paths, workers, fields=fields)  # fresh by now; one look each
+    _report(result, out_dir, layout.prefix)
+    return result
 
 
-def rows_from_table(path: str | Path, fields: FieldsConfig | None = None) -> Iterator[BuildRow]:
-    """One sample per row of a `.csv` (with a header line) or `.jsonl` table; the key is the row's number.
+def _plan(
+    rows: Iterable[BuildRow | BadRow], folder: Path, out_dir: Path, layout: Layout, of: dict[str, Any], on_bad: str
+) -> None:
+    """List the rows, order them, cut them into shards; `plan.json` is written last."""
+    import numpy as np
 
-    Columns `image` and `audio` name files, relative to the table's folder or absolute; `text` is the text itself; an
-    empty cell means that the sample has none. All other columns go into the `json` member.
-
-    Raises:
-        DataError: the table cannot be read, or a row is wrong; the message names line and column.
-    """
-    table = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if table.suffix not in readers:
-        raise DataError(f"{table}: a table is a .csv or .jsonl file, got {table.suffix or 'no ending'!r}")
-    if not table.is_file():
-        raise DataError(f"no table {table}; check the path")
-    fields = fields or FieldsConfig()
-    try:
-        for number, (line, row) in enumerate(readers[table.suffix](table)):
-            yield BuildRow(f"{number:09d}", _members(table, line, row, fields))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
-
-
-def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {*_FILE_COLUMNS, "text"} & set(reader.fieldnames or ()):
-            raise DataError(
-                f"{table}, line 1: expected a header with at least one of the columns image, audio, text; "
-                f"got {', '.join(reader.fieldnames or ['nothing'])}"
-            )
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{table}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells as in the header, "
-                    "got another number; quote cells that hold commas"
-                )
-            yield reader.line_num, row
-
-
-def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with table.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{table}, line {line}, column {error.colno}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{table}, line {line}: expected a JSON object, got {type(row).__name__}")
-            yield line, row
-
-
-def _members(table: Path, line: int, row: dict[str, Any], fields: FieldsConfig) -> dict[str, bytes | Path]:
-    members: dict[str, bytes | Path] = {}
-    for column in (*_FILE_COLUMNS, "text"):
-        cell = row.pop(column, None)
-        if cell is None or cell == "":
-            continue
-        if not isinstance(cell, str):
-            raise DataError(f"{table}, line {line}, column {column}: expected text, got {cell!r}")
-        if column == "text":
-            members[fields.text[0]] = cell.encode()
-        else:
-            file = _named_file(table, line, column, cell, fields)
-            members[file.suffix[1:].lower()] = file
-    if not members:
-        raise DataError(f"{table}, line {line}: neither image nor audio nor text; fill one or delete the row")
-    if row:
-        members[fields.meta[0]] = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
-    return members
-
-
-def _named_file(table: Path, line: int, column: str, cell: str, fields: FieldsConfig) -> Path:
-    file = table.parent / cell
-    allowed = getattr(fields, column)
-    if file.suffix[1:].lower() not in allowed or is_unsafe(file.suffix[1:]):
+    spool = SpoolWriter(folder)
+    left_out = _list_rows(rows, spool, on_bad, lambda group: refuse_taken(out_dir / group, layout.prefix))
+    spool.close()
+    if not len(spool):
         raise DataError(
-            f"{table}, line {line}, column {column}: {cell!r} ends in {file.suffix!r}; expected {', '.join(allowed)}"
+            "there is no sample to write: " + (_examples(left_out) if left_out else "the table or folder is empty")
         )
-    if not file.is_file():
-        raise DataError(f"{table}, line {line}, column {column}: no file {file}; paths are relative to the table")
-    return file
+    places, sizes = np.frombuffer(spool.places, np.uint64), np.frombuffer(spool.sizes, np.uint64)
+    group_of = np.frombuffer(spool.group_of, np.uint32)
+    order, shards, first = array("Q"), [], 0
+    for group in sorted(spool.groups):
+        members = np.flatnonzero(group_of == spool.groups[group])
+        if layout.shuffle is not None:
+            members = members[shuffled(len(members), derive_seed(layout.shuffle, "build", group))]
+        bounds = cut(sizes[members], layout.samples_per_shard, layout.max_bytes, layout.even)
+        shards += [[group, first + start, first + stop] for start, stop in itertools.pairwise(bounds)]
+        order.frombytes(places[members].tobytes())
+        first += len(members)
+    write_order(folder, order)
+    plan = {"of": of, "shards": shards, "left_out": left_out}
+    write_atomically(folder / PLAN_FILE, json.dumps(plan))
+
+
+def _list_rows(
+    rows: Iterable[BuildRow | BadRow], spool: SpoolWriter, on_bad: str, on_new_group: Callable[[str], None]
+) -> list[tuple[str, str]]:
+    left_out: list[tuple[str, str]] = []
+    previous: dict[str, str] = {}
+    for row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise BadSample(row.reason)
+            if row.group not in previous:
+                on_new_group(row.group)
+            elif previous[row.group] == row.key:
+                raise BadSample(f"two samples in a row have the key {row.key!r} and would read back as one; rename one")
+            spool.append(located(row))
+            previous[row.group] = row.key
+        except BadSample as error:
+            place = row.origin if isinstance(row, BadRow) else row.place
+            if on_bad == "stop":
+                raise DataError(f"{place}: {error}") from error
+            left_out.append((place, str(error)))
+        if (len(spool) + len(left_out)) % _LISTED_PER_LINE == 0:
+            _log.info("%d samples listed", len(spool))
+    return left_out
+
+
+def _tasks(folder: Path, plan: dict[str, Any], check: bool, on_bad: str, fields: FieldsConfig) -> list[ShardTask]:
+    options = (check, on_bad, fields.model_dump())
+    return [
+        ShardTask(str(folder), number, first, last, *options) for number, (_, first, last) in enumerate(plan["shards"])
+    ]
+
+
+def _write_all(
+    tasks: list[ShardTask], workers: int, ray: bool, on_progress: Callable[[int, int], None] | None
+) -> list[ShardDone]:
+    done: dict[int, ShardDone] = {}
+    written = 0
+    for result in run_tasks(make_shard, tasks, workers, ray):
+        if isinstance(result, str):
+            raise DataError(result)
+        done[result.number] = result
+        written += result.samples + len(result.left_out)
+        if on_progress is not None:
+            on_progress(written, tasks[-1].last)
+    return [done[task.number] for task in tasks]
+
+
+def _note_moves(folder: Path, prefix: str, plan: dict[str, Any], done: list[ShardDone]) -> None:
+    """`moves.json`: which finished file gets which name. A shard of bad samples only gets none."""
+    numbers: dict[str, int] = {}
+    moves = []
+    for shard, (group, _, _) in zip(done, plan["shards"]):
+        if not shard.samples:
+            continue
+        number = numbers.setdefault(group, 0)
+        numbers[group] += 1
+        moves.append([group, f"{shard.number:06d}", f"{prefix}-{number:06d}"])
+    left_out = [*plan["left_out"], *(pair for shard in done for pair in shard.left_out)]
+    if not moves:
+        raise DataError(f"there is no sample to write: {_examples(left_out)}")
+    facts = {"moves": moves, "samples": sum(shard.samples for shard in done), "left_out": left_out}
+    write_atomically(folder / _MOVES_FILE, json.dumps(facts))
+
+
+def _publish(folder: Path, out_dir: Path) -> BuildResult:
+    """Give the shards their names, the tars last; what a killed attempt has moved already is passed over."""
+    facts = json.loads((folder / _MOVES_FILE).read_text())
+    shards: dict[str, list[str]] = {}
+    for ending in (".idx", ".len", ".tar"):
+        for group, name, public in facts["moves"]:
+            target = out_dir / group / (public + ending)
+            if (folder / (name + ending)).exists():
+                target.parent.mkdir(exist_ok=True)
+                os.replace(folder / (name + ending), target)
+            if ending == ".tar":
+                shards.setdefault(group, []).append(str(target))
+    return BuildResult(shards, facts["samples"], [(place, reason) for place, reason in facts["left_out"]])
+
+
+def _report(result: BuildResult, out_dir: Path, prefix: str) -> None:
+    if not result.left_out:
+        return
+    lines = (json.dumps({"origin": origin, "reason": reason}) + "\n" for origin, reason in result.left_out)
+    listing = write_atomically(out_dir / f"{prefix}.left-out.jsonl", "".join(lines))
+    _log.warning("%s; all of them: %s", _examples(result.left_out), listing)
+
+
+def _examples(left_out: list[tuple[str, str]]) -> str:
+    named = "; ".join(f"{origin}: {reason}" for origin, reason in left_out[:_MAX_NAMED])
+    more = f"; and {len(left_out) - _MAX_NAMED} more" if len(left_out) > _MAX_NAMED else ""
+    return f"{len(left_out)} left out as bad: {named}{more}"

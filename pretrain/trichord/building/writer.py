@@ -1,116 +1,198 @@
-"""Writing shards with webdataset's own writer, so that every reader of the format can read them."""
+"""Writing one shard: the bytes of `webdataset.TarWriter` with a fixed owner and time, by the standard library.
 
+webdataset itself imports torch where that is installed; a worker that only copies files should not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
-from trichord.core.errors import ConfigError, DataError
+from trichord.building.rows import BuildRow, CellPart, Content, FilePart, RangePart
+from trichord.building.spool import read_rows
+from trichord.core.errors import DataError
+from trichord.core.status import write_atomically
 from trichord.shards.config import FieldsConfig
-from trichord.shards.index import index_shards
-from trichord.shards.members import is_unsafe, split_name
+from trichord.shards.index import build_index
+from trichord.shards.probes import Kind, measure
+from trichord.shards.quarantine import BadSample
+from trichord.shards.storage import read_range, with_retries
 
-DEFAULT_SAMPLES_PER_SHARD = 10_000
-DEFAULT_MAX_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class BuildRow:
-    """One sample to write: its key, and per extension the bytes or the file that holds them."""
-
-    key: str
-    members: dict[str, bytes | Path]
+_KINDS: tuple[Kind, ...] = ("image", "audio", "text")
+_HASH_CHUNK = 1 << 20
 
 
-def build_shards(
-    rows: Iterable[BuildRow],
-    out_dir: str | Path,
-    prefix: str = "shard",
-    samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    fields: FieldsConfig | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Write rows to `out_dir/PREFIX-000000.tar`, ... with their sidecars; the same rows give the same bytes.
+class ShardTask(NamedTuple):
+    """Rows `first` to `last` of the order in `folder` become its file `NUMBER.tar`. Plain values: it travels.
 
-    Shards appear under their names only when all of them are whole. A shard is closed at `samples_per_shard` samples,
-    or once it holds `max_bytes` bytes of members. `on_progress` is called with the number of samples written.
-
-    Returns:
-        Paths of the shards, sorted.
-
-    Raises:
-        ConfigError: shards of that prefix are there already.
-        DataError: there is no row, a row is malformed, or its file cannot be read.
+    check_contents: look at the header of every image and clip. on_bad: stop or skip. fields: of FieldsConfig.
     """
-    out_dir = Path(out_dir)
-    taken = sorted(out_dir.glob(f"{prefix}-*.tar"))
-    if taken:
-        raise ConfigError(f"{taken[0]} is there already; choose another folder or prefix, or delete the old shards")
-    partial = out_dir / f".{prefix}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
+
+    folder: str
+    number: int
+    first: int
+    last: int
+    check_contents: bool
+    on_bad: str
+    fields: dict[str, Any]
+
+    @property
+    def tar(self) -> Path:
+        return Path(self.folder) / f"{self.number:06d}.tar"
+
+    @property
+    def done_file(self) -> Path:
+        return self.tar.with_suffix(".json")
+
+
+class ShardDone(NamedTuple):
+    """A shard that is whole. left_out: [origin, reason] of each sample that is not in it."""
+
+    number: int
+    samples: int
+    size: int
+    blake2b: str
+    left_out: list[list[str]]
+
+
+def make_shard(task: ShardTask) -> ShardDone | str:
+    """Write a shard and its sidecars, or find that a build which was cut off had done so; a str says what is wrong.
+
+    Any process of any machine that sees `folder` may run it, several at once too: the bytes are a function of the rows.
+    """
     try:
-        _write_tars(_checked(rows), partial, prefix, samples_per_shard, max_bytes, on_progress)
-        names = sorted(path.name for path in partial.iterdir())
-        for name in names:
-            os.replace(partial / name, out_dir / name)
-    finally:
-        shutil.rmtree(partial)
-    paths = [str(out_dir / name) for name in names]
-    index_shards(paths, fields=fields)
-    return paths
-
-
-def _write_tars(
-    rows: Iterator[BuildRow],
-    folder: Path,
-    prefix: str,
-    samples_per_shard: int,
-    max_bytes: int,
-    on_progress: Callable[[int], None] | None,
-) -> None:
-    from webdataset import ShardWriter  # imports torch where it is installed: only when something is written
-
-    first = next(rows, None)
-    if first is None:
-        raise DataError("there is no sample to write: the table or folder is empty")
-    pattern = str(folder.absolute()).replace("%", "%%") + f"/{prefix}-%06d.tar"
-    # Fixed owner and time: reproducible bytes, and no PAX header for a fraction of a second.
-    options = {"encoder": False, "mtime": 0, "user": "root", "group": "root"}
-    with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=max_bytes, verbose=0, **options) as writer:
-        for written, row in enumerate(chain([first], rows), start=1):
-            writer.write({"__key__": row.key, **{ext: _content(row, ext) for ext in row.members}})
-            if on_progress is not None:
-                on_progress(written)
-
-
-def _checked(rows: Iterable[BuildRow]) -> Iterator[BuildRow]:
-    """Rows that read back as they are: neighbours with one key would become one sample."""
-    previous = None
-    for row in rows:
-        if not row.members:
-            raise DataError(f"sample {row.key!r} has no member; give it an image, an audio clip or a text")
-        for ext in row.members:
-            if split_name(f"{row.key}.{ext}") != (row.key, ext):
-                raise DataError(
-                    f"sample key {row.key!r} with extension {ext!r} does not read back: the file name in a key "
-                    "must hold no dot and not be empty; rename it, for example with underscores"
-                )
-            if is_unsafe(ext):
-                raise DataError(f"sample {row.key!r}: extension {ext!r} means pickled code, which shards must not hold")
-        if row.key == previous:
-            raise DataError(f"two samples in a row have the key {row.key!r} and would read back as one; rename one")
-        previous = row.key
-        yield row
-
-
-def _content(row: BuildRow, ext: str) -> bytes:
-    content = row.members[ext]
-    if isinstance(content, bytes):
-        return content
-    try:
-        return content.read_bytes()
+        return _finished(task) or _write_shard(task)
+    except DataError as error:
+        return str(error)
     except OSError as error:
-        raise DataError(f"sample {row.key!r}: cannot read {content} ({error}); check the path") from error
+        return f"cannot write {task.tar}: {error.strerror or error}; mend that and run the same command again"
+
+
+def _finished(task: ShardTask) -> ShardDone | None:
+    """The shard as an earlier attempt recorded it, if it still is that."""
+    try:
+        done = ShardDone(**json.loads(task.done_file.read_text()))
+        with task.tar.open("rb") as file:
+            digest = hashlib.blake2b(digest_size=16)
+            while chunk := file.read(_HASH_CHUNK):
+                digest.update(chunk)
+            same = file.tell() == done.size and digest.hexdigest() == done.blake2b
+    except (OSError, ValueError, TypeError):
+        return None
+    return done if same else None
+
+
+def _write_shard(task: ShardTask) -> ShardDone:
+    temporary = task.tar.with_name(f"{task.number:06d}.{os.getpid()}.tmp")
+    left_out: list[list[str]] = []
+    samples = 0
+    fields = FieldsConfig(**task.fields)
+    kinds = kinds_by_ext(fields)
+    with temporary.open("wb") as file:
+        hashing = _HashingFile(file)
+        with tarfile.open(fileobj=hashing, mode="w|") as tar:  # type: ignore[call-overload]
+            for row in read_rows(Path(task.folder), task.first, task.last):
+                try:
+                    members = _contents(row, kinds if task.check_contents else {})
+                except BadSample as error:
+                    if task.on_bad == "stop":
+                        raise DataError(f"{row.place}: {error}{_HOW_TO_SKIP}") from error
+                    left_out.append([row.place, str(error)])
+                    continue
+                add_sample(tar, row.key, members)
+                samples += 1
+    os.replace(temporary, task.tar)
+    if samples:
+        build_index(str(task.tar), fields)
+    done = ShardDone(task.number, samples, hashing.size, hashing.digest.hexdigest(), left_out)
+    write_atomically(task.done_file, json.dumps(done._asdict()))
+    return done
+
+
+_HOW_TO_SKIP = "; repair or remove it, or leave out what is bad by --on-bad skip; finished shards are kept"
+
+
+def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    """Append the members, sorted by extension."""
+    for ext in sorted(members):
+        info = tarfile.TarInfo(f"{key}.{ext}")
+        info.size, info.mtime, info.mode = len(members[ext]), 0, 0o444
+        info.uname = info.gname = "root"
+        tar.addfile(info, io.BytesIO(members[ext]))
+
+
+def kinds_by_ext(fields: FieldsConfig) -> dict[str, Kind]:
+    """What the contents of an extension must be."""
+    return {ext.lower(): kind for kind in _KINDS for ext in getattr(fields, kind)}
+
+
+def kind_of(ext: str, kinds: Mapping[str, Kind]) -> Kind | None:
+    """By the whole extension, else by its last part: `0.jpg` is an image."""
+    return kinds.get(ext.lower()) or kinds.get(ext.lower().rsplit(".", 1)[-1])
+
+
+def _contents(row: BuildRow, kinds: Mapping[str, Kind]) -> dict[str, bytes]:
+    members = {}
+    for ext, part in row.members.items():
+        members[ext] = data = _read(part)
+        kind = kind_of(ext, kinds)
+        size = measure(kind, io.BytesIO(data), len(data)) if kind else None
+        if isinstance(size, str):
+            name = part.path if isinstance(part, FilePart) else f"{row.key}.{ext}"
+            raise BadSample(f"{name}: {size}")
+    return members
+
+
+def _read(part: Content) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    if isinstance(part, FilePart):
+        return _read_file(part)
+    if isinstance(part, RangePart):
+        data = with_retries(lambda: read_range(part.url, part.offset, part.size), f"copying from shard {part.url}")
+        if len(data) != part.size:
+            raise DataError(f"{part.url} is shorter than when the build was planned; {_AGAIN}")
+        return data
+    assert isinstance(part, CellPart), "a located row has no other parts"
+    from trichord.building.arrow import read_cell  # pyarrow only where there is such a file
+
+    data = read_cell(part)
+    if len(data) != part.size:
+        raise DataError(f"{part.path} is another file than when the build was planned; {_AGAIN}")
+    return data
+
+
+_AGAIN = "remove the .partial folder and build again"
+
+
+def _read_file(part: FilePart) -> bytes:
+    try:
+        data = Path(part.path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {part.path} ({error.strerror}), which was there when the build began") from error
+    if len(data) != part.size:
+        raise DataError(
+            f"{part.path} has {len(data)} bytes, and had {part.size} when the build was planned; {_AGAIN}, with files "
+            "that stay as they are"
+        )
+    return data
+
+
+class _HashingFile:
+    """Counts and hashes what passes through; tarfile's stream mode only ever appends."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)

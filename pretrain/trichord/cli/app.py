@@ -68,6 +68,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("tokenizers", "huggingface_hub", "PIL", "soundfile", "matplotlib", "psutil", "numpy"), "train"),
     **dict.fromkeys(("sklearn", "scipy", "captcha", "torchvision"), "train"),
     "s3fs": "s3",
+    **dict.fromkeys(("pyarrow", "ijson"), "convert"),
     "ray": "ray",
 }
 

@@ -27,25 +27,6 @@ _USED_UP = {
 }
 
 
-@data_app.command("build")
-def data_build(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of files, or a .csv or .jsonl table (image, audio, text, ...).")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    prefix: Annotated[str, typer.Option(help="Shards are called PREFIX-000000.tar and so on.")] = "shard",
-    samples_per_shard: Annotated[int, typer.Option(min=1)] = 10_000,
-) -> None:
-    """Shards with their sidecars from a folder or a table."""
-    from trichord.building.build import build_shards, rows_from_folder, rows_from_table
-    from trichord.core.log import configure_logging
-
-    configure_logging()
-    rows = rows_from_table(source) if source.suffix in (".csv", ".jsonl") else rows_from_folder(source)
-    for shard in build_shards(rows, out, prefix, samples_per_shard):
-        print(shard)
-
-
 @data_app.command("index")
 def data_index(
     shards: Annotated[list[str], typer.Argument(help="Paths, globs, brace ranges or URLs of tar files.")],

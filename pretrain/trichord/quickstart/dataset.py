@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from trichord.batches.tokenizer import train_tokenizer
-from trichord.building.writer import BuildRow, build_shards
+from trichord.building.build import BuildRow, build_shards
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.seed import derive_seed
 from trichord.quickstart.voices import RATE as VOICE_RATE
@@ -169,7 +169,7 @@ def _write(folder: Path, seed: int, voices: Sequence[SpokenDigit]) -> dict[str, 
         rows["voices-unseen"], used["voices-unseen"] = _speech_rows(unseen, sounds), unseen
     sources = {}
     for name, source_rows in rows.items():
-        shards = [Path(path) for path in build_shards(source_rows, folder, name, _SAMPLES_PER_SHARD)]
+        shards = [Path(path) for path in build_shards(source_rows, folder, name, _SAMPLES_PER_SHARD, even=False)]
         sources[name] = {
             "held_out": name in HELD_OUT_SOURCES,
             "samples": _count_samples(shards),

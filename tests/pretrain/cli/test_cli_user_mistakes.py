@@ -155,8 +155,8 @@ DATASET = [
         "'zz://a.tar': Protocol not known: zz; expected a path, file://, s3://",
     ),
     Mistake("index of nothing", "data index none/*.tar", DATA, "no shard matches"),
-    Mistake("build from nothing", "data build none --out out", DATA, "no folder none"),
-    Mistake("build from a bare folder", "data build bare --out out", DATA, "no file in bare", put("bare/x.exe", "")),
+    Mistake("build from nothing", "data build none --out out", DATA, "no file or folder none"),
+    Mistake("build from a bare folder", "data build bare --out out", USAGE, "--from folder (", put("bare/x.exe", "")),
     Mistake("build over shards", "data build pics --out shards", USAGE, "is there already", put("pics/1.png", png(1))),
     Mistake(
         "table names a lost file",

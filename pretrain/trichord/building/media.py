@@ -1,0 +1,138 @@
+"""Images, clips and values as sources name them: file names, bytes, cells of tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trichord.building.rows import CellPart
+from trichord.shards.config import FieldsConfig
+from trichord.shards.quarantine import BadSample
+
+MAX_SHOWN = 60
+
+
+class CellPlace(NamedTuple):
+    """Where bytes that a row holds can be read again, so that the list of rows need not hold them too."""
+
+    path: str
+    batch: int
+    row: int
+    steps: tuple[str | int, ...]
+
+
+def media_member(
+    value: Any, kind: str, root: Path, fields: FieldsConfig, place: CellPlace | None = None
+) -> tuple[str, bytes | Path | CellPart]:
+    """(extension, content) of an image or clip.
+
+    Args:
+        value: a file name, relative to `root` or absolute; the bytes; or `{"bytes": ..., "path": ...}` as Hugging Face
+            datasets hold them. kind: image or audio. place: where `value` stands, if bytes are to be read from there.
+
+    Raises:
+        BadSample: there is no such file, it lies outside of `root`, or its format is not one of `fields`.
+    """
+    if isinstance(value, Mapping):
+        data, path = value.get("bytes"), value.get("path")
+        if data is None:
+            return media_member(path, kind, root, fields)
+        return media_member(data, kind, root, fields, place and place._replace(steps=(*place.steps, "bytes")))
+    if isinstance(value, (bytes, bytearray)):
+        ext = _sniffed(bytes(value), kind)
+        _check_ext(ext, kind, fields, f"{len(value)} bytes that begin as {bytes(value[:4])!r}")
+        return ext, bytes(value) if place is None else CellPart(*place, len(value))
+    if not isinstance(value, str) or not value:
+        raise BadSample(f"expected a file name, got {shown(value)}")
+    if "://" in value:
+        raise BadSample(f"{value} is an address; fetch the files first, for example by img2dataset")
+    ext = Path(value).suffix[1:].lower()
+    _check_ext(ext, kind, fields, repr(value))
+    return ext, media_file(value, root)
+
+
+def media_file(name: str, root: Path) -> Path:
+    """The file that a source names. Raises BadSample where there is none, or a relative name leaves `root`."""
+    if "\0" in name or (not os.path.isabs(name) and os.path.normpath(name).startswith("..")):
+        raise BadSample(f"{name!r} lies outside of {root}; name it by its whole path, or move the file")
+    file = root / name
+    if not file.is_file():
+        raise BadSample(f"no file {file}; paths are relative to {root}, see --media")
+    return file
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing."""
+    if isinstance(value, Mapping) and {*value} <= {"bytes", "path"}:
+        return not any(value.values())
+    return value is None or value in ("", [])
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """A `json` member: keys sorted, UTF-8. Dates become ISO text, NaN becomes null.
+
+    Raises:
+        BadSample: a value is binary, or of a type that JSON has not.
+    """
+    clean = {str(key): _plain(value, str(key)) for key, value in values.items()}
+    return text_bytes(json.dumps(clean, ensure_ascii=False, sort_keys=True))
+
+
+def text_bytes(text: str) -> bytes:
+    """UTF-8. Raises BadSample where the text is none: half a surrogate pair, as broken JSON escapes give it."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(f"text that is no Unicode ({error.reason}) at character {error.start}") from error
+
+
+def shown(value: Any) -> str:
+    """A value in few characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({type(value).__name__})"
+
+
+def _plain(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, f"{name}.{key}") for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, name) for inner in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if type(value).__name__ in ("Decimal", "UUID", "timedelta"):
+        return str(value)
+    raise BadSample(f"column {name}: {type(value).__name__} cannot be kept in json; drop the column, or make it text")
+
+
+def _sniffed(data: bytes, kind: str) -> str:
+    """Extension of bytes without a name, by how they begin; empty: unknown."""
+    if kind == "image":
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return "webp"
+        return next(
+            (ext for ext, magic in (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG")) if data.startswith(magic)), ""
+        )
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        return "wav"
+    if data[:4] == b"OggS":
+        return "opus" if b"OpusHead" in data[:64] else "ogg"
+    if data[:3] == b"ID3" or (len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0):
+        return "mp3"
+    return "flac" if data[:4] == b"fLaC" else ""
+
+
+def _check_ext(ext: str, kind: str, fields: FieldsConfig, what: str) -> None:
+    allowed = getattr(fields, kind)
+    if ext not in allowed:
+        formats = ", ".join(allowed)
+        raise BadSample(
+            f"{what} ends in '.{ext}'; expected {formats}" if ext else f"{what}: none of {formats}; convert it"
+        )

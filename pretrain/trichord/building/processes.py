@@ -1,0 +1,91 @@
+"""Running the same function over many tasks: here, in processes of this machine, or as Ray tasks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from trichord.core.errors import DataError
+
+_PR_SET_PDEATHSIG = 1
+_RAY_TASKS_AHEAD = 4
+"""Ray tasks handed over at a time, per worker."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int = 1, ray: bool = False
+) -> Iterator[Result]:
+    """The results, in the order they get done. workers: processes, or with Ray the CPUs of a cluster started here.
+
+    Raises:
+        DataError: a process died (killed, or out of memory).
+    """
+    if ray:
+        yield from _run_on_ray(function, tasks, workers)
+    elif workers <= 1 or len(tasks) <= 1:
+        yield from map(function, tasks)
+    else:
+        yield from _run_in_processes(function, tasks, min(workers, len(tasks)))
+
+
+def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_enter_worker, initargs=(os.getpid(),)
+    )
+    try:
+        for future in as_completed([pool.submit(function, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that wrote shards died (killed, or out of memory); run the same command again, with fewer "
+            "--workers if memory was short: finished shards are kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _enter_worker(parent_pid: int) -> None:
+    """A worker dies with its parent, and on Ctrl-C without a word: the parent says what there is to say."""
+    import ctypes
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(1)
+
+
+def _run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    """Joins the cluster at $RAY_ADDRESS or that of the caller, else starts one of `workers` CPUs here and stops it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    started = not ray.is_initialized()
+    if started and os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    elif started:
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    try:
+        remote: Any = ray.remote(function)
+        ahead = _RAY_TASKS_AHEAD * max(workers, int(ray.cluster_resources().get("CPU", 1)))
+        waiting = list(tasks)[::-1]
+        running: list[Any] = []
+        while waiting or running:
+            while waiting and len(running) < ahead:
+                running.append(remote.remote(waiting.pop()))
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray gave up on a shard: {error}; run the same command again: finished shards are kept"
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()
