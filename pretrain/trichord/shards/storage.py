@@ -93,7 +93,8 @@ def read_whole(url: str, max_bytes: int) -> bytes:
     """
     if not is_remote(url):
         with open(local_path(url), "rb") as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, max_bytes) + 1)  # it sets aside what is asked for, whatever the file holds
     else:
         timeout_s, step = settings().timeout_s, 1 << 23
         data, facts = remote.fetch(url, 0, step, None, timeout_s)

@@ -9,6 +9,7 @@ import pytest
 from trichord.core.errors import DataError
 from trichord.shards import sidecars
 from trichord.shards.index import build_index, load_header, load_index
+from trichord.shards.storage import read_whole
 
 
 def tar_with(path, records: bytes = b"", behind: bytes = b"") -> str:
@@ -100,3 +101,10 @@ def test_forged_measures_end_in_a_message(tmp_path, line):
     forge(tmp_path, body=line + b"\n[5]\n")
     with pytest.raises(DataError, match="damaged at sample 0"):
         load_index(url).entry(0)
+
+
+def test_a_generous_bound_costs_no_memory(tmp_path):
+    (tmp_path / "small").write_bytes(b"hello")
+    assert read_whole(str(tmp_path / "small"), 1 << 50) == b"hello"
+    with pytest.raises(DataError, match="more than 4 bytes"):
+        read_whole(str(tmp_path / "small"), 4)
