@@ -14,6 +14,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import IO
 
 from trichord.core.log import get_logger
 from trichord.shards.patience import settings
@@ -30,6 +31,7 @@ _OLD_TEMPORARY_S = 3600.0
 _EVICT_TO = 0.9
 _EVICT_EVERY = 64
 """A process looks at the whole cache each time it has written this part of the bound."""
+_EVICT_WAIT_S = 1.0
 _RETRY_DISK_S = 60.0
 
 
@@ -135,18 +137,30 @@ def touch(file: int | str) -> None:
 
 
 def evict(root: Path, max_bytes: int) -> None:
-    """Remove what was read longest ago until 90 % of the bound are left; one process at a time, the others go on."""
+    """Remove what was read longest ago until 90 % of the bound are left; processes one after the other."""
     with contextlib.suppress(OSError), open(root / ".evict.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _lock_within(lock, _EVICT_WAIT_S):
+            return  # whoever has it may be halted; it must not halt us
         files = _files(root)
         total = sum(size for _, size, _ in files)
-        if total <= max_bytes:
-            return
-        for _, size, path in sorted(files):
-            if total <= _EVICT_TO * max_bytes:
-                break
-            _unlink(path)
-            total -= size
+        if total > max_bytes:
+            for _, size, path in sorted(files):
+                if total <= _EVICT_TO * max_bytes:
+                    break
+                _unlink(path)
+                total -= size
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked meanwhile holds the file open, too
+
+
+def _lock_within(lock: IO[bytes], seconds: float) -> bool:
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.002)
+    return False
 
 
 def used_bytes(root: Path) -> int:

@@ -62,17 +62,13 @@ def fetch(url: str, start: int, end: int, expected: Facts | None, timeout_s: flo
     """
     fs, path = filesystem(url)
     if scheme(url) in ("http", "https"):
-        answer = _run(fs, _http_range(fs, path, start, end), url, timeout_s)
+        answer = _run(fs, _http_range(fs, path, start, end, expected), url, timeout_s)
     elif scheme(url) in ("s3", "s3a"):
-        answer = _run(fs, _s3_range(fs, path, start, end), url, timeout_s)
+        answer = _run(fs, _s3_range(fs, path, start, end, expected), url, timeout_s)
     else:
         data = call(url, "cat_file", path, start=start, end=end, timeout_s=timeout_s)
         answer = _Answer(_facts_of(call(url, "info", path, timeout_s=timeout_s), url), data)
-    if expected is not None and not _same(answer.facts, expected):
-        raise DataError(
-            f"shard {shown(url)} changed while it was in use: it had {_words(expected)}, now {_words(answer.facts)}; "
-            "start again so that all processes see the same data"
-        )
+    _check_version(answer.facts, expected, url)
     wanted = max(0, min(end, answer.facts.size) - start)
     if len(answer.data) != wanted:
         raise ConnectionError(f"short answer: {len(answer.data)} of {wanted} bytes from byte {start}")
@@ -118,7 +114,9 @@ def _in_thread(action: Callable[[], Any], timeout_s: float) -> Any:
         raise TimeoutError(f"no answer within {timeout_s:g} s") from None
 
 
-async def _http_range(fs: Any, path: str, start: int, end: int, facts_only: bool = False) -> _Answer:
+async def _http_range(
+    fs: Any, path: str, start: int, end: int, expected: Facts | None = None, facts_only: bool = False
+) -> _Answer:
     session = await fs.set_session()
     options = dict(fs.kwargs)
     headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
@@ -129,10 +127,7 @@ async def _http_range(fs: Any, path: str, start: int, end: int, facts_only: bool
                 raise DataError(f"{shown(path)}: the server names no length; expected answers to range requests (206)")
             facts = Facts(response.content_length, version)
             if end < facts.size and not facts_only:
-                raise DataError(
-                    f"{shown(path)}: the server ignores range requests (it answers 200, expected 206), and every read "
-                    "would transfer the whole shard; use a server with ranges, or copy the shards"
-                )
+                raise _no_ranges(path)
             return _Answer(facts, b"" if facts_only else (await response.read())[start:end])
         if response.status not in (206, 416):
             response.raise_for_status()
@@ -140,10 +135,11 @@ async def _http_range(fs: Any, path: str, start: int, end: int, facts_only: bool
         first, last, total = _content_range(response.headers.get("Content-Range", ""))
         if response.status == 416:
             return _Answer(Facts(total, version), b"")
-        if first != start or last != min(end, total) - 1:
-            raise OSError(f"wrong range: asked for bytes {start} to {end - 1}, the answer holds {first} to {last}")
+        facts = Facts(total, version)
+        _check_version(facts, expected, path)
+        _check_range(first, last, start, min(end, total))
         try:
-            return _Answer(Facts(total, version), await response.content.readexactly(last + 1 - first))
+            return _Answer(facts, await response.content.readexactly(last + 1 - first))
         except asyncio.IncompleteReadError as error:
             raise ConnectionError(f"short answer: {len(error.partial)} of {error.expected} bytes") from error
 
@@ -155,19 +151,22 @@ async def _s3_facts(fs: Any, path: str) -> Facts:
     return Facts(int(answer["ContentLength"]), str(answer.get("ETag", "")))
 
 
-async def _s3_range(fs: Any, path: str, start: int, end: int) -> _Answer:
+async def _s3_range(fs: Any, path: str, start: int, end: int, expected: Facts | None) -> _Answer:
     bucket, key, version = fs.split_path(path)
     extra = {"VersionId": version} if version else {}
     answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **extra)
     body = answer["Body"]
     try:
-        if "ContentRange" in answer:
-            first, last, total = _content_range(answer["ContentRange"])
+        if answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
+            first, last, total = _content_range(answer.get("ContentRange", ""))
         else:  # the whole object
             first, last, total = 0, int(answer["ContentLength"]) - 1, int(answer["ContentLength"])
-        if first != start or last != min(end, total) - 1:
-            raise OSError(f"wrong range: asked for bytes {start} to {end - 1}, the answer holds {first} to {last}")
-        return _Answer(Facts(total, str(answer.get("ETag", ""))), await body.read())
+            if start > 0 or end < total:
+                raise _no_ranges(f"s3://{path}")
+        facts = Facts(total, str(answer.get("ETag", "")))
+        _check_version(facts, expected, f"s3://{path}")
+        _check_range(first, last, start, min(end, total))
+        return _Answer(facts, await body.read())
     finally:
         body.close()
 
@@ -186,6 +185,26 @@ def _facts_of(info: dict[str, Any], url: str) -> Facts:
     return Facts(int(info["size"]), next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), ""))
 
 
+def _no_ranges(url: str) -> DataError:
+    return DataError(
+        f"{shown(url)}: the server ignores range requests (it answers 200, expected 206), and every read would "
+        "transfer the whole shard; use a server with ranges, or copy the shards"
+    )
+
+
+def _check_range(first: int, last: int, start: int, end: int) -> None:
+    if first != start or last != end - 1:
+        raise OSError(f"wrong range: asked for bytes {start} to {end - 1}, the answer holds {first} to {last}")
+
+
+def _check_version(found: Facts, expected: Facts | None, url: str) -> None:
+    if expected is not None and not _same(found, expected):
+        raise DataError(
+            f"shard {shown(url)} changed while it was in use: it had {_words(expected)}, now {_words(found)}; "
+            "start again so that all processes see the same data"
+        )
+
+
 def _same(found: Facts, expected: Facts) -> bool:
     return found.size == expected.size and (found.etag == expected.etag or not found.etag)
 
@@ -198,8 +217,10 @@ def _translated(action: Callable[[], Any], url: str) -> Any:
     """Run `action`, its errors sorted as the module says."""
     try:
         return action()
-    except (FileNotFoundError, DataError):
+    except DataError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no {shown(url)} ({error})") from error
     except Exception as error:
         status, code = _status(error), _code(error)
         if type(error).__name__ in _NO_CREDENTIALS:
@@ -231,10 +252,11 @@ def _status(error: BaseException) -> int | None:
         response = getattr(found, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        status = (
-            getattr(found, "status", None) or getattr(response, "status_code", None) or getattr(found, "code", None)
-        )
-        if isinstance(status, int) and 100 <= status < 600:
+        # aiohttp's errors of half an answer carry a `code` of 400 that no server sent
+        status = getattr(found, "status", None) or getattr(response, "status_code", None)
+        if status is None and type(found).__module__.startswith("gcsfs"):
+            status = getattr(found, "code", None)
+        if isinstance(status, int):
             return status
     return None
 

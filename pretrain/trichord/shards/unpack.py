@@ -121,7 +121,7 @@ def _inflate(packed: IO[bytes], url: str) -> Iterator[bytes]:
     walk over the tar then says where it ends.
 
     Raises:
-        DataError: it is no gzip file.
+        DataError: it is no gzip file, or damaged.
     """
     engine, data, before = zlib.decompressobj(wbits=31), b"", 0
     while True:
@@ -139,12 +139,11 @@ def _inflate(packed: IO[bytes], url: str) -> Iterator[bytes]:
         try:
             piece = engine.decompress(data, _PIECE)
         except zlib.error as error:
-            if before == 0:
-                raise DataError(
-                    f"shard {shown(url)} is no gzip file ({error}); was something else saved so?"
-                ) from error
-            _log.warning("shard %s: damaged gzip stream (%s) after %d bytes; they are used", shown(url), error, before)
-            return
+            # not only what follows: gzip's one checksum is at its end, and what came before may be wrong as well
+            raise DataError(
+                f"shard {shown(url)} is no whole gzip file ({error}, after {before} unpacked bytes); was something "
+                "else saved under its name? Copy or pack it anew, or leave it out"
+            ) from error
         data = engine.unconsumed_tail or engine.unused_data
         before += len(piece)
         if piece:
