@@ -38,7 +38,7 @@ def run_tasks(
 def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
     # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_enter_worker, initargs=(os.getpid(),)
+        workers, mp_context=get_context("spawn"), initializer=enter_worker, initargs=(os.getpid(),)
     )
     try:
         for future in as_completed([pool.submit(function, task) for task in tasks]):
@@ -52,7 +52,7 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task],
         pool.shutdown(cancel_futures=True)
 
 
-def _enter_worker(parent_pid: int) -> None:
+def enter_worker(parent_pid: int) -> None:
     """A worker dies with its parent, and on Ctrl-C without a word: the parent says what there is to say."""
     import ctypes
 

@@ -16,6 +16,7 @@ from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
 from trichord.shards.config import FieldsConfig
+from trichord.shards.index import load_header
 from trichord.shards.members import FoundMember, WalkReport, is_unsafe, walk_members
 from trichord.shards.quarantine import BadSample
 from trichord.shards.storage import open_shard, shard_identity
@@ -33,12 +34,17 @@ def by_value(key: str) -> GroupOf:
 
     def group_of(sample_key: str, meta: Mapping[str, Any]) -> str:
         value = _looked_up(meta, key)
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", str(value)).strip(".") if value is not None else ""
-        if not name or isinstance(value, (list, dict, float)):
+        name = "" if value is None or isinstance(value, (list, dict, float)) else group_name(str(value))
+        if not name:
             raise BadSample(f"json key {key} is {shown(value)}; expected a name or a whole number to split by")
         return name
 
     return group_of
+
+
+def group_name(value: str) -> str:
+    """A value as the name of a folder and a source; empty where nothing of it can stand in one."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", value).strip(".")
 
 
 def by_fractions(fractions: Mapping[str, float], key: str | None = None) -> GroupOf:
@@ -162,6 +168,7 @@ def _overlay(result: BuildResult, out_dir: Path, prefix: str) -> str:
         "  sources:",
     ]
     for group, paths in result.shards.items():
+        samples = sum(load_header(path).num_samples for path in paths)
         pattern = json.dumps(str(out_dir / group / f"{prefix}-*.tar"))
-        lines += [f"    - name: {json.dumps(group)}", f"      shards: [{pattern}]", f"      # {len(paths)} shards"]
+        lines += [f"    - name: {json.dumps(group)} # {samples} samples", f"      shards: [{pattern}]"]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,61 @@
+"""The same shards from tasks of a real Ray, started here and stopped again."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from building_world import digests, make_world
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+
+def test_ray_writes_the_same_bytes_and_leaves_nothing_running(tmp_path):
+    make_world(tmp_path)
+    before = _ray_processes()
+    command = [
+        "data",
+        "build",
+        "birds",
+        "--column",
+        "text=caption",
+        "--samples-per-shard",
+        "1",
+        "--workers",
+        "2",
+        "--out",
+    ]
+    for out, more in (("plain", []), ("by-ray", ["--ray"])):
+        code = f"import sys; from trichord.cli import main; sys.exit(main({[*command, out, *more]!r}))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    assert len(digests(tmp_path / "by-ray")) == 5
+    assert digests(tmp_path / "by-ray") == digests(tmp_path / "plain")
+    deadline = time.monotonic() + 30
+    while _ray_processes() - before:
+        assert time.monotonic() < deadline, "Ray outlives the build"
+        time.sleep(0.2)
+
+
+def test_a_bad_sample_in_a_ray_task_is_named(tmp_path):
+    make_world(tmp_path)
+    (tmp_path / "animals/otter/c.jpg").write_bytes(b"no picture")
+    words = ["data", "build", "animals", "--from", "imagefolder", "--workers", "2", "--ray", "--out", "out"]
+    code = f"import sys; from trichord.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 3
+    assert "otter/c.jpg: not an image" in done.stderr
+
+
+def _ray_processes() -> set[int]:
+    found = set()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = command.read_text()
+        except OSError:
+            continue
+        if any(name in words for name in ("raylet", "gcs_server", "ray::")):
+            found.add(int(command.parent.name))
+    return found
