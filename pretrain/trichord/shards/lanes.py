@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from trichord.core.errors import CheckpointError
 from trichord.core.seed import derive_seed
 from trichord.shards.epochs import SourceEpochs, keyed_permutation
-from trichord.shards.mixture import Mixture
+from trichord.shards.mixture import Mixture, UnreachableCountsError
 from trichord.shards.shares import WeightTree
 
 __all__ = ["LanePlanner", "LaneSource", "LaneState", "SampleRef", "keyed_permutation"]
@@ -133,12 +133,14 @@ class LanePlanner:
     def opened(self, state: LaneState, step: int) -> LaneState:
         """The state with its window open at `step`: its shares are those of the weights of that step, from now on.
 
-        A window that is open already stays as it is. Keep the opened state as long as rows of the window are due: a run
-        that is resumed in its middle gets the same window from it, at whatever step and with whatever weights.
+        A window that is open already stays as it is, and so does a lane that is used up. Keep the opened state as long
+        as rows of the window are due: a run that is resumed in its middle gets the same window from it, at whatever
+        step and with whatever weights.
         """
-        if state.open:
+        active = self._active(state)
+        if state.open or not active:
             return state
-        shares = self._tree.shares(step, self._active(state))
+        shares = self._tree.shares(step, active)
         counts = state.counts if shares == state.shares else (0,) * len(shares)
         return replace(state, open=True, shares=shares, counts=counts)
 
@@ -156,7 +158,12 @@ class LanePlanner:
             return [], state
         state = self.opened(state, step)
         drawing = _Drawing(self._epochs, self._tree, self._phases, self.num_lanes, state, active)
-        refs = drawing.draw(self._window_samples)
+        try:
+            refs = drawing.draw(self._window_samples)
+        except UnreachableCountsError as error:
+            raise CheckpointError(
+                f"the loader state of lane {state.lane} is damaged: {error}; use another checkpoint"
+            ) from error
         order = keyed_permutation(len(refs), derive_seed(self._seed, "window", state.lane, state.window))
         return [refs[i] for i in order], drawing.after()
 
@@ -244,17 +251,12 @@ class _Drawing:
 
     def _mixture(self) -> Mixture:
         lane, active = self._state.lane, self._active
-        try:
-            return Mixture(
-                [self._shares[source] for source in active],
-                [self._phases[source][lane] for source in active],
-                2 * self._num_lanes,
-                [self._counts[source] for source in active],
-            )
-        except ValueError as error:
-            raise CheckpointError(
-                f"the loader state of lane {lane} is damaged: {error}; use another checkpoint"
-            ) from error
+        return Mixture(
+            [self._shares[source] for source in active],
+            [self._phases[source][lane] for source in active],
+            2 * self._num_lanes,
+            [self._counts[source] for source in active],
+        )
 
     def _leave(self, source: int) -> None:
         """A source has run out. The shares of those that stay change, so their counts start anew."""

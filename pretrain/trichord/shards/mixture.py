@@ -15,6 +15,10 @@ MAX_LOOK_AHEAD = 1 << 14
 """Draws that are looked ahead one by one; what needs more is proven at once or put off (see `Mixture._fits`)."""
 
 
+class UnreachableCountsError(ValueError):
+    """No run of a mixture leads to these counts."""
+
+
 class Mixture:
     """Draws of one lane from sources with shares w_i = shares[i] / sum(shares), going on after counts[i] draws of each.
 
@@ -32,7 +36,7 @@ class Mixture:
             and phases left them; none: from the start.
 
     Raises:
-        ValueError: no run of this mixture leads to these counts.
+        UnreachableCountsError: no run of this mixture leads to these counts; some show only when draws are made.
     """
 
     def __init__(self, shares: Sequence[int], phases: Sequence[int], phase_unit: int, counts: Sequence[int] = ()):
@@ -76,9 +80,7 @@ class Mixture:
         source = min(released, key=self._deadlines.__getitem__, default=None)
         if source is not None and not self._without_slack:
             return source
-        raise ValueError(
-            f"no source may be drawn: no run with shares {list(self._shares)} leads to counts {self.counts}"
-        )
+        raise self._unreachable()
 
     def _fits(self, source: int) -> bool:
         """Whether all other deadlines can be kept if `source` takes this draw: all draws before its own have slack.
@@ -121,7 +123,9 @@ class Mixture:
                 self._needed += 1
             heapreplace(due, (self._deadline(source, job + 1), source, job + 1))
         self._slack.append(draw - self._needed)
-        if draw == self._needed:
+        if self._needed > draw:
+            raise self._unreachable()
+        if self._needed == draw:
             heappush(self._without_slack, draw)
         self._end += 1
 
@@ -158,4 +162,7 @@ class Mixture:
         done = self._draw - 1
         for count, share in zip(self.counts, self._shares, strict=True):
             if abs(count * self._total - done * share) >= self._total:
-                raise ValueError(f"counts {self.counts} are further than one draw from shares {list(self._shares)}")
+                raise self._unreachable()
+
+    def _unreachable(self) -> UnreachableCountsError:
+        return UnreachableCountsError(f"no run with shares {list(self._shares)} leads to counts {self.counts}")

@@ -66,14 +66,16 @@ class WeightTree:
 
     def without(self, shares: Sequence[int], left: int, active: Sequence[int]) -> tuple[int, ...]:
         """`shares` after source `left` has run out: what it had goes to the `active` ones of its innermost group that
-        still has any, each in proportion to its own."""
+        still has any, each in proportion to its own.
+
+        Draws for draws, of the shares alone: a window goes on as it began after weights were changed.
+        """
         path = self._paths[left]
         depth = max((_common(path, self._paths[source]) for source in active), default=0)
         heirs = {source for source in active if self._paths[source][:depth] == path[:depth]}
-        had = {source: shares[source] * self._tokens[source] for source in (*heirs, left)}
-        draws: dict[int, Fraction] = {source: Fraction(shares[source]) for source in active}
+        draws = {source: Fraction(shares[source]) for source in active}
         if heirs:
-            factor = 1 + had[left] / sum((had[source] for source in heirs), Fraction(0))
+            factor = 1 + Fraction(shares[left], sum(shares[source] for source in heirs))
             draws |= {source: draws[source] * factor for source in heirs}
         return self._all_sources(draws)
 
