@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from trichord.checkpoints.load import check_shapes, load_weights, read_train_sta
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError
 from trichord.encoders.lengths import audio_tokens, image_grid
+from trichord.encoders.log_mel import clip_log_mel
+from trichord.fusion.flops import row_cost
 from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
 from trichord.fusion.model import Trichord, build_model
 
@@ -113,13 +115,27 @@ def _without_weights(config: RunConfig):
 
 
 def item_lengths(config: RunConfig) -> ItemLengths:
-    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders."""
+    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders.
+
+    Without a trunk there is no stream to be in: items go to their towers only.
+    """
     vision, audio = config.encoders.vision, config.encoders.audio
-    grid = image_grid(vision, config.samples.image.size) if vision is not None else None
+    streamed = config.fusion.trunk is not None
+    grid = image_grid(vision, config.samples.image.size) if vision is not None and streamed else (0, 0)
     return ItemLengths(
-        image=(lambda width, height: grid) if grid is not None else None,
-        audio=(lambda num_samples: audio_tokens(audio, num_samples)) if audio is not None else None,
+        image=(lambda width, height: grid) if vision is not None else None,
+        audio=(lambda samples: audio_tokens(audio, samples) if streamed else 0) if audio is not None else None,
     )
+
+
+def training_lengths(config: RunConfig, model: Trichord) -> ItemLengths:
+    """`item_lengths`, with the predicted cost of rows, and log-mel where workers compute it."""
+    lengths, audio = item_lengths(config), config.encoders.audio
+    tokens = (lambda samples: audio_tokens(audio, samples)) if audio is not None else None
+    lengths = replace(lengths, cost=row_cost(model, tokens))
+    if audio is None or config.samples.audio.mel == "device":
+        return lengths
+    return replace(lengths, log_mel=clip_log_mel(audio, config.samples.audio.sample_rate), num_mels=audio.mel.n_mels)
 
 
 def _tokenizer_of(folder: Path, config: RunConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import shutil
 import time
 from dataclasses import asdict
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch, count_steps
+from trichord.batches.tokenizer import load_tokenizer
 from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
 from trichord.checkpoints.save import CheckpointSaver, put_back_replaced, require_writable
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.run import RunConfig
+from trichord.core.dist import RankFacts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.schedule import lr_multiplier
@@ -31,10 +34,15 @@ from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import PeerWatch, StopFlag
 from trichord.journal import Progress, Recording, Verdict
-from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths
+from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, training_lengths
+from trichord.shards.index import index_shards
+from trichord.shards.sources import expand_shards
+from trichord.tracking.progress import work_progress
 from trichord.tracking.recorder import Recorder
 
 log = get_logger(__name__)
+FOLLOW_FOLDER = "shards"
+MAX_INDEXERS = 16
 
 
 def run(config: RunConfig) -> int:
@@ -68,15 +76,15 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     configure_logging(folder.path / "logs" / f"rank-{facts.rank:05d}.log")
     resumed = start if folder.kind != "fresh" else None
 
-    # Shards, samples, batches.
-    lengths = item_lengths(config)
-    loader = build_loader(config, lengths, facts.rank, facts.world_size, resumed.loader if resumed else None)
-    config = fix_length(config, lengths, folder)
+    # Shards: found and indexed, and the length of the run known, before anything large is built.
+    decide_on_rank_0(lambda: make_sidecars(config))
+    config = fix_length(config, folder)
     total_steps = config.run.max_steps or 0
 
     # Layers, encoders, fusion.
+    tokenizer = load_tokenizer(config.batches.tokenizer)
     torch.manual_seed(derive_seed(config.run.seed, "weights"))  # equal on all ranks, whatever the world size
-    model = build_from_config(config, loader.tokenizer)
+    model = build_from_config(config, tokenizer)
     if resumed is None and config.run.init_from is not None:
         from trichord.release.import_ import load_initial_weights
 
@@ -84,6 +92,10 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
     if config.engine.activation_checkpointing:
         model.enable_activation_checkpointing()
+
+    # Samples, batches: how rows are dealt depends on what the model makes of them.
+    lengths = training_lengths(config, model)
+    loader = build_loader(config, lengths, folder, facts, resumed.loader if resumed else None)
 
     # Objectives, engine, checkpoints.
     layout = slot_layout(config, facts.world_size)
@@ -108,7 +120,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
-        loader.tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
+        tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
     stopping = progress.step >= total_steps
     steps = iter(loader)
     while not stopping:
@@ -155,6 +167,8 @@ def open_run(config: RunConfig, verdict: Verdict) -> tuple[RunFolder, LoadedStat
         assert folder.branch_folder is not None
         assert folder.branch_step is not None
         start = read_facts(find_step(folder.branch_folder / "checkpoints", folder.branch_step))
+        if (past := folder.branch_folder / FOLLOW_FOLDER).is_dir():  # which shards its epochs had
+            shutil.copytree(past, folder.path / FOLLOW_FOLDER, dirs_exist_ok=True)
     elif folder.kind == "resume":
         latest = find_resumable(folder.path / "checkpoints")
         start = read_facts(latest) if latest is not None else None
@@ -177,8 +191,18 @@ def closing_line(finished: bool, step: int, signal_name: str) -> str:
     return f"stopped at step {step} by {signal_name}, with a checkpoint; run the same command to go on"
 
 
+def make_sidecars(config: RunConfig) -> None:
+    """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made."""
+    for source in config.shards.sources:
+        urls = expand_shards(source)
+        with work_progress(f"index {source.name}", len(urls)) as advance:
+            index_shards(
+                urls, min(os.cpu_count() or 1, MAX_INDEXERS), lambda done, total, url: advance(1), source.fields
+            )
+
+
 def build_loader(
-    config: RunConfig, lengths: ItemLengths, rank: int, world_size: int, state: LoaderState | None
+    config: RunConfig, lengths: ItemLengths, folder: RunFolder, facts: RankFacts, state: LoaderState | None
 ) -> Loader:
     return Loader(
         config.shards,
@@ -186,18 +210,24 @@ def build_loader(
         config.batches,
         seed=config.run.seed,
         lengths=lengths,
-        rank=rank,
-        world_size=world_size,
+        rank=facts.rank,
+        world_size=facts.world_size,
         state=state,
+        follow_folder=folder.path / FOLLOW_FOLDER,
     )
 
 
-def fix_length(config: RunConfig, lengths: ItemLengths, folder: RunFolder) -> RunConfig:
+def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The config with `run.max_steps` set: counted, where only `epochs` are given, and written into the record."""
     if config.run.max_steps is not None:
         return config
     steps = decide_on_rank_0(
-        lambda: count_steps(config.shards, config.samples, config.batches, seed=config.run.seed, lengths=lengths)
+        lambda: count_steps(
+            *(config.shards, config.samples, config.batches),
+            seed=config.run.seed,
+            lengths=item_lengths(config),
+            follow_folder=folder.path / FOLLOW_FOLDER,
+        )
     )
     if steps == 0:
         raise ConfigError("the sources hold no usable sample, so the run would have no step; see quarantine.jsonl")

@@ -10,7 +10,10 @@ import torch
 from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, PackedBatch
 from trichord.batches.rows import RowArrays
 
-_PLAIN = ("input_ids", "labels", "span_kind", "pixels", "waveforms", "group_ids", "sample_ids", "bad_segments")
+_PLAIN = (
+    *("input_ids", "labels", "span_kind", "pixels", "waveforms", "log_mels", "group_ids", "targets", "target_present"),
+    *("sample_ids", "bad_segments"),
+)
 
 
 def collate(rows: Sequence[RowArrays]) -> PackedBatch:
@@ -37,6 +40,7 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
     return PackedBatch(
         **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()},
         audio_offsets=tuple(_starts([int(n) for row in rows for n in row.audio_lengths])),
+        mel_offsets=tuple(_starts([int(n) for row in rows for n in row.mel_lengths])),
         image_counts=_lengths(parts["image_spans"]),
         audio_counts=_lengths(parts["audio_spans"]),
         text_lengths=_lengths(parts["text_spans"]),

@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from trichord.core.leaf import Leaf
 
-
-MAX_LANES = 1024
-"""Above this many rows per step a lane gives several rows of each step, to bound the windows that are open at once."""
+MIN_LANES, MAX_LANES = 256, 1024
+"""Above MAX_LANES rows per step a lane gives several rows of each step, to bound the windows that are open at once."""
 
 
 class ChatConfig(Leaf):
@@ -39,8 +38,8 @@ class BatchesConfig(Leaf):
     long_samples: Literal["drop", "split"] = "drop"
     """A sample longer than a row: quarantined, or its text goes on in further segments; never cut."""
     deal_ranks: int = Field(default=1, ge=1)
-    """Neighbouring ranks that share out their rows of each step by predicted cost (tokens, image pixels, audio seconds).
-    Order and digest stay as they are. Each plans the rows of all of them, so take a divisor of the world size up to 16."""
+    """Neighbouring ranks that share out their rows of each step by predicted cost (tokens, images, audio). Order and
+    digest stay as they are. Each plans the rows of all of them, so take a divisor of the world size, up to 16."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that decode; one more plans. 0: both happen in the process that asks."""
     prefetch_steps: int = Field(default=2, ge=1)
@@ -48,13 +47,30 @@ class BatchesConfig(Leaf):
     label_prompt: bool = False
     """Also learn the prompt (`prompt` of the meta json); default: only the text after it."""
 
+    @field_validator("rows_per_step")
+    @classmethod
+    def _has_lanes(cls, rows: int) -> int:
+        if rows > MAX_LANES and not _lanes_of(rows):
+            near = sorted((n for n in range(rows - 64, rows + 64) if _lanes_of(n)), key=lambda n: (abs(n - rows), n))
+            raise ValueError(
+                f"above {MAX_LANES} rows it must be a multiple of a number from {MIN_LANES} to {MAX_LANES}, the lanes; "
+                f"{rows} is not, {near[0]} is"
+            )
+        return rows
+
     @property
     def rows_per_lane(self) -> int:
         """Rows that each lane gives per step."""
-        divisors = (n for n in range(-(-self.rows_per_step // MAX_LANES), self.rows_per_step + 1))
-        return next(n for n in divisors if self.rows_per_step % n == 0)
+        return self.rows_per_step // self.num_lanes
 
     @property
     def num_lanes(self) -> int:
         """Lanes of the global batch; row r of a step belongs to lane r // rows_per_lane."""
-        return self.rows_per_step // self.rows_per_lane
+        return _lanes_of(self.rows_per_step)
+
+
+def _lanes_of(rows: int) -> int:
+    """The rows themselves up to MAX_LANES, else their largest divisor up to it; 0 where that is below MIN_LANES."""
+    if rows <= MAX_LANES:
+        return rows
+    return next((lanes for lanes in range(MAX_LANES, MIN_LANES - 1, -1) if rows % lanes == 0), 0)

@@ -1,10 +1,12 @@
-"""How one sample becomes one segment of the token stream.
+"""How one sample becomes one segment of the token stream: parts in reading order, each text, image or audio.
 
-    [BOS]  image tokens (row by row)  audio tokens  prompt tokens  text tokens  [EOS]
+    fields:    [BOS]  image tokens (row by row)  audio tokens  prompt  text  [EOS]
+    document:  [BOS]  text  image tokens  text  ...  [EOS]
+    chat:      [BOS]  prefix text ...  prefix text [EOS]  prefix text ...      an end behind each assistant turn
 
-Each part may be absent; [EOS] is there exactly where text is, so a sample without text teaches nothing about endings.
-Labels are shifted: `labels[t]` is the token at t + 1, and is set only where that token is text or [EOS] (or prompt, if
-asked). Plain numpy, so that generation can build the same prompt with the same positions.
+[EOS] is there exactly where text to be learned ends, so a sample without text teaches nothing about endings. Labels are
+shifted: `labels[t]` is the token at t + 1, and is set only where that token is to be learned. Plain numpy, so that
+generation can build the same prompt with the same positions.
 
 Legend: n tokens of the segment; gh, gw image token rows and columns.
 """
@@ -20,19 +22,33 @@ from trichord.batches.packed_batch import IGNORE_INDEX, SPAN_AUDIO, SPAN_IMAGE, 
 
 
 @dataclass(frozen=True)
-class SegmentLayout:
-    """Where each part of one segment lies; spans are (start, end) inside the segment, empty where a part is absent.
+class StreamPart:
+    """A stretch of the stream.
 
-    grid: rows and columns of image tokens, None without an image. has_text: whether text and [EOS] are there.
+    kind: SPAN_TEXT, SPAN_IMAGE or SPAN_AUDIO. length: tokens; 0 for an item that goes to its tower but not into the
+    stream. ids (length,) int32 of text, else None. learned: text that the model has to predict. caption: the text that
+    text towers and contrastive objectives see. grid: (gh, gw) of an image.
     """
 
-    grid: tuple[int, int] | None
-    image: tuple[int, int]
-    audio: tuple[int, int]
-    prompt: tuple[int, int]
-    text: tuple[int, int]
-    has_text: bool
+    kind: int
     length: int
+    ids: np.ndarray | None = None
+    learned: bool = False
+    caption: bool = False
+    grid: tuple[int, int] | None = None
+
+    @staticmethod
+    def text(ids: Sequence[int] | np.ndarray, learned: bool = False, caption: bool = False) -> StreamPart:
+        array = np.asarray(ids, dtype=np.int32)
+        return StreamPart(SPAN_TEXT, len(array), array, learned, caption)
+
+    @staticmethod
+    def image(grid: tuple[int, int]) -> StreamPart:
+        return StreamPart(SPAN_IMAGE, grid[0] * grid[1], grid=grid)
+
+    @staticmethod
+    def audio(tokens: int) -> StreamPart:
+        return StreamPart(SPAN_AUDIO, tokens)
 
 
 @dataclass(frozen=True)
@@ -47,76 +63,59 @@ class SegmentArrays:
     span_ends: np.ndarray
 
 
-def plan_segment(
-    grid: tuple[int, int] | None, audio_tokens: int | None, prompt_tokens: int, text_tokens: int | None
-) -> SegmentLayout:
-    """Lay out one sample from its lengths alone; None marks an absent image, clip or text."""
-    spans: list[tuple[int, int]] = []
-    end = 1  # after [BOS]
-    for count in (grid[0] * grid[1] if grid else 0, audio_tokens or 0, prompt_tokens, text_tokens or 0):
-        spans.append((end, end + count))
-        end += count
-    has_text = text_tokens is not None
-    return SegmentLayout(grid, *spans, has_text=has_text, length=end + int(has_text))
+def segment_length(parts: Sequence[StreamPart]) -> int:
+    return sum(part.length for part in parts)
 
 
-def segment_positions(layout: SegmentLayout) -> np.ndarray:
+def part_spans(parts: Sequence[StreamPart]) -> list[tuple[int, int]]:
+    """(start, end) of each part, counted from the segment's start."""
+    spans, end = [], 0
+    for part in parts:
+        spans.append((end, end + part.length))
+        end += part.length
+    return spans
+
+
+def caption_span(parts: Sequence[StreamPart]) -> tuple[int, int]:
+    """Where the caption lies; where there is none, empty behind [BOS]."""
+    return next((span for part, span in zip(parts, part_spans(parts)) if part.caption), (1, 1))
+
+
+def segment_positions(parts: Sequence[StreamPart]) -> np.ndarray:
     """Positions (3, n) float32 on the axes time, height, width.
 
     Text and audio advance by one on all axes. An image that starts at p holds time p, height p + row, width p + column;
     what follows it starts at p + max(gh, gw), so a picture takes as much of the position range as its longer side.
     """
-    positions = np.empty((3, layout.length), dtype=np.float32)
-    start, end = layout.image
-    positions[:, :start] = np.arange(start, dtype=np.float32)
-    following = start
-    if layout.grid and end > start:
-        rows, columns = layout.grid
-        positions[0, start:end] = start
-        positions[1, start:end] = start + np.repeat(np.arange(rows), columns)
-        positions[2, start:end] = start + np.tile(np.arange(columns), rows)
-        following = start + max(rows, columns)
-    positions[:, end:] = np.arange(following, following + layout.length - end, dtype=np.float32)
+    positions = np.empty((3, segment_length(parts)), dtype=np.float32)
+    following = 0
+    for part, (start, end) in zip(parts, part_spans(parts)):
+        if part.kind == SPAN_IMAGE and part.grid and end > start:
+            rows, columns = part.grid
+            positions[0, start:end] = following
+            positions[1, start:end] = following + np.repeat(np.arange(rows), columns)
+            positions[2, start:end] = following + np.tile(np.arange(columns), rows)
+            following += max(rows, columns)
+        else:
+            positions[:, start:end] = np.arange(following, following + end - start, dtype=np.float32)
+            following += end - start
     return positions
 
 
-def fill_segment(
-    layout: SegmentLayout,
-    prompt_ids: Sequence[int] | np.ndarray,
-    text_ids: Sequence[int] | np.ndarray,
-    *,
-    bos_id: int,
-    eos_id: int,
-    image_id: int,
-    audio_id: int,
-    label_prompt: bool = False,
-) -> SegmentArrays:
-    """Token ids, labels, positions and spans of one segment.
-
-    Raises:
-        ValueError: the ids are more or fewer than the layout was planned for.
-    """
-    for name, ids, (start, end) in (("prompt", prompt_ids, layout.prompt), ("text", text_ids, layout.text)):
-        if len(ids) != end - start:
-            raise ValueError(f"the segment was planned for {end - start} {name} tokens, got {len(ids)}")
-    input_ids = np.full(layout.length, eos_id, dtype=np.int64)
-    input_ids[0] = bos_id
-    input_ids[slice(*layout.image)] = image_id
-    input_ids[slice(*layout.audio)] = audio_id
-    input_ids[slice(*layout.prompt)] = prompt_ids
-    input_ids[slice(*layout.text)] = text_ids
-
-    learned = np.zeros(layout.length, dtype=bool)  # tokens that the model has to predict
-    if label_prompt:
-        learned[slice(*layout.prompt)] = True
-    if layout.has_text:
-        learned[layout.text[0] :] = True  # text and the [EOS] behind it
-    labels = np.full(layout.length, IGNORE_INDEX, dtype=np.int64)
+def fill_segment(parts: Sequence[StreamPart], *, image_id: int, audio_id: int) -> SegmentArrays:
+    """Token ids, labels, positions and spans of one segment."""
+    length = segment_length(parts)
+    input_ids = np.empty(length, dtype=np.int64)
+    learned = np.zeros(length, dtype=bool)  # tokens that the model has to predict
+    span_kind = np.empty(length, dtype=np.int8)
+    span_ends = np.arange(1, length + 1, dtype=np.int32)
+    placeholder = {SPAN_IMAGE: image_id, SPAN_AUDIO: audio_id}
+    for part, (start, end) in zip(parts, part_spans(parts)):
+        input_ids[start:end] = placeholder[part.kind] if part.ids is None else part.ids
+        learned[start:end] = part.learned
+        span_kind[start:end] = part.kind
+        if part.kind == SPAN_IMAGE:
+            span_ends[start:end] = end
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
     labels[:-1][learned[1:]] = input_ids[1:][learned[1:]]
-
-    span_kind = np.full(layout.length, SPAN_TEXT, dtype=np.int8)
-    span_kind[slice(*layout.image)] = SPAN_IMAGE
-    span_kind[slice(*layout.audio)] = SPAN_AUDIO
-    span_ends = np.arange(1, layout.length + 1, dtype=np.int32)
-    span_ends[slice(*layout.image)] = layout.image[1]
-    return SegmentArrays(input_ids, labels, segment_positions(layout), span_kind, span_ends)
+    return SegmentArrays(input_ids, labels, segment_positions(parts), span_kind, span_ends)

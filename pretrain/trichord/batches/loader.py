@@ -1,8 +1,8 @@
 """The loader: the steps of one rank, each a few `PackedBatch`es with the loader's state after them.
 
-    lanes (rows of the global batch)      rank k reads lanes k, k + world_size, ...
-      -> one row of each per step         its j-th lane is row j % micro_rows of micro-batch j // micro_rows
-      -> micro-batches                    rows that no lane fills are empty and weigh nothing
+    lanes (parts of the global batch)     each gives as many rows per step
+      -> rows of the step                 dealt to ranks; a rank's j-th row is in micro-batch j // micro_rows
+      -> micro-batches                    places that no row fills are empty and weigh nothing
 
 The global batch of a step, that is its rows in lane order, depends on config, seed and step alone. Usable under any
 training loop: `for step in loader`, `state_dict()`, `load_state_dict()`.
@@ -13,15 +13,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trichord.batches.collate import collate
 from trichord.batches.config import BatchesConfig
-from trichord.batches.lane_reader import LaneGroup, LaneReader, LaneStep
-from trichord.batches.loader_state import LaneCursor, LoaderState
+from trichord.batches.dealing import RowLayout
+from trichord.batches.decoding import DecodedRow, RowDecoder
+from trichord.batches.lane_reader import LaneReader
+from trichord.batches.loader_state import LaneCursor, LoaderState, Tally
+from trichord.batches.order import data_identity, lane_planner
 from trichord.batches.packed_batch import PackedBatch
-from trichord.batches.rows import RowArrays, build_row
+from trichord.batches.step_planner import PlannedStep, StepPlanner
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.windows import ItemLengths, SamplePlanner
 from trichord.batches.workers import read_in_workers
@@ -29,9 +33,8 @@ from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
 from trichord.samples.config import SamplesConfig
 from trichord.shards.config import ShardsConfig
-from trichord.shards.lanes import LanePlanner, LaneSource
 from trichord.shards.quarantine import QuarantineRecord
-from trichord.shards.reader import SourceTable, open_sources
+from trichord.shards.reader import open_sources
 
 __all__ = ["ItemLengths", "Loader", "LoaderState", "StepBatch", "StepStats", "count_steps"]
 
@@ -42,9 +45,11 @@ _log = get_logger(__name__)
 class StepStats:
     """Counts of one step on this rank.
 
-    samples: used; samples_per_source: the same by source name. bad_samples: left out at this step, by their index, text
-    or content; records: one per bad sample. useful_tokens of row_tokens are no slack. wait_seconds: time the caller
-    waited for the step's rows.
+    samples: used; samples_per_source, samples_per_shard: the same by name of the source and by URL of the shard.
+    bad_samples: left out at this step, by their index, text or content; records: one per bad sample. filtered: samples
+    left out by filters, by reason. useful_tokens of row_tokens are no slack. wait_seconds: time the caller waited for
+    the step's rows. cost: of this rank's rows, as predicted. imbalance: the most loaded rank of this rank's deal group
+    over the group's mean, by predicted cost: as the rows lie, and as they were dealt.
     """
 
     samples: int
@@ -52,7 +57,11 @@ class StepStats:
     useful_tokens: int
     row_tokens: int
     samples_per_source: dict[str, int]
+    samples_per_shard: dict[str, int]
+    filtered: dict[str, int]
     wait_seconds: float
+    cost: float
+    imbalance: tuple[float, float]
     records: tuple[QuarantineRecord, ...]
 
 
@@ -83,13 +92,15 @@ class Loader:
         world_size: int = 1,
         state: LoaderState | None = None,
         augment: bool = True,
+        follow_folder: Path | None = None,
     ) -> None:
-        """Open the sources (missing sidecars are built) and take this rank's lanes.
+        """Open the sources (missing sidecars are built) and take this rank's rows.
 
         Args:
             lengths: how many tokens an item becomes in the model; None for a tower the model lacks.
             state: merged state of an earlier job, of any world size; None: from the start.
             augment: training changes to images and audio as configured; False for evaluation.
+            follow_folder: where the shards of each epoch of followed sources are recorded, the same for all ranks.
 
         Raises:
             ConfigError: the rank or the tokenizer does not fit. DataError: a source cannot be read.
@@ -97,20 +108,19 @@ class Loader:
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be 0 to world_size - 1, got rank {rank} of {world_size}")
-        tables = open_sources(shards)
+        tables = open_sources(shards, follow_folder)
         tokenizer = load_tokenizer(batches.tokenizer)
         self.tokenizer = tokenizer
         self._planner = SamplePlanner(tables, samples, batches, tokenizer, lengths, shards.max_member_bytes)
-        self._order = _order(shards, batches, tables, seed)
+        self._order = lane_planner(shards, self._planner, seed)
+        self._decoder = RowDecoder(self._planner, seed if augment else None)
+        self._layout = RowLayout(batches, rank, world_size)
         self._batches = batches
         self._seed = seed
-        self._augment = augment
-        self._lanes = list(range(rank, batches.rows_per_step, world_size))
-        self.micro_steps = -(-batches.rows_per_step // (world_size * batches.micro_rows))
-        data = _data_identity(shards, batches, tables, tokenizer.fingerprint(), seed)
-        cursors = {lane: LaneCursor(self._order.first_state(lane)) for lane in range(batches.rows_per_step)}
-        self._start = LoaderState(0, cursors, data)
-        self._image_size = samples.image.size
+        self._rank = rank
+        self.micro_steps = self._layout.micro_steps
+        cursors = {lane: LaneCursor(self._order.first_state(lane)) for lane in range(batches.num_lanes)}
+        self._start = LoaderState(0, cursors, data_identity(shards, self._planner, seed))
         self._running: Iterator[StepBatch] | None = None
         self.load_state(state or self._start)
         _warn_of_waste(batches, self.micro_steps, rank, world_size)
@@ -129,7 +139,10 @@ class Loader:
         """Go on from a merged state. Raises CheckpointError when it does not fit this loader's data."""
         state.check_fits(self._start.data)
         self.close()
-        self._state = LoaderState(state.step, {lane: state.lanes[lane] for lane in self._lanes}, state.data)
+        self._cursors = {lane: state.lanes[lane] for lane in self._layout.planned_lanes}
+        # What is left out so far goes on with one rank, since merging adds up what the ranks have.
+        left_out = state.left_out if self._rank == 0 else Tally()
+        self._state = LoaderState(state.step, self._kept(state.lanes), state.data, left_out)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state as JSON types; merge those of all ranks (`LoaderState.merge`) to load them again."""
@@ -156,46 +169,54 @@ class Loader:
         try:
             while True:
                 asked = time.monotonic()
-                lane_steps = next(rows)
-                step = self._assemble(lane_steps, time.monotonic() - asked)
+                planned, decoded = next(rows)
+                step = self._assemble(planned, decoded, time.monotonic() - asked)
                 if not checked:
                     for batch in step.micro_batches:
                         batch.check()
                     checked = True
-                self._state = step.state
+                self._state, self._cursors = step.state, planned.cursors
                 yield step
         finally:
             rows.close()
 
-    def _read(self) -> Iterator[list[LaneStep]]:
-        if self._batches.num_workers == 0 or not self._lanes:
-            return self._make_group(self._lanes).steps()
-        return read_in_workers(self._lanes, self._make_group, self._batches.num_workers, self._batches.prefetch_steps)
+    def _read(self) -> Iterator[tuple[PlannedStep, list[DecodedRow]]]:
+        if self._batches.num_workers == 0:
+            return ((step, [self._decoder.decode(row) for row in step.rows]) for step in self._make_planner().steps())
+        own_rows = len(self._layout.rows[self._layout.place])
+        batches = self._batches
+        return read_in_workers(self._make_planner, self._decoder, own_rows, batches.num_workers, batches.prefetch_steps)
 
-    def _make_group(self, lanes: Sequence[int]) -> LaneGroup:
-        cursors = {lane: self._state.lanes[lane] for lane in lanes}
-        return LaneGroup(self._order, self._planner, self._seed, self._augment, cursors, self._state.step)
+    def _make_planner(self) -> StepPlanner:
+        return StepPlanner(self._order, self._planner, self._seed, self._layout, self._cursors, self._state.step)
 
-    def _assemble(self, lane_steps: Sequence[LaneStep], wait_seconds: float) -> StepBatch:
-        rows = [step.row for step in lane_steps]
+    def _kept(self, cursors: dict[int, LaneCursor]) -> dict[int, LaneCursor]:
+        """Of the lanes whose state this rank keeps."""
+        return {lane: cursors[lane] for lane in self._layout.own_lanes}
+
+    def _assemble(self, planned: PlannedStep, decoded: Sequence[DecodedRow], wait_seconds: float) -> StepBatch:
+        rows = [row.arrays for row in decoded]
         size = self._batches.micro_rows
         missing = self.micro_steps * size - len(rows)
-        rows += [self._empty_row()] * missing
+        rows += [self._decoder.build([], [])] * missing
         micro_batches = tuple(collate(rows[at : at + size]) for at in range(0, len(rows), size))
-        cursors = {step.lane: step.cursor for step in lane_steps}
-        state = LoaderState(self._state.step + 1, cursors, self._state.data)
-        return StepBatch(micro_batches, state, self._stats(micro_batches, lane_steps, wait_seconds))
-
-    def _empty_row(self) -> RowArrays:
-        return build_row([], [], self.tokenizer, self._batches, self._image_size)
+        left_out = [*planned.left_out, *(bad for row in decoded for bad in row.bad)]
+        step = self._state.step + 1
+        tally = self._state.left_out.add(item.ref for item in left_out)
+        state = LoaderState(step, self._kept(planned.cursors), self._state.data, tally)
+        records = tuple(replace(item.record, step=step) for item in left_out)
+        return StepBatch(micro_batches, state, self._stats(micro_batches, planned, wait_seconds, records))
 
     def _stats(
-        self, micro_batches: Sequence[PackedBatch], lane_steps: Sequence[LaneStep], wait_seconds: float
+        self,
+        micro_batches: Sequence[PackedBatch],
+        planned: PlannedStep,
+        wait_seconds: float,
+        records: tuple[QuarantineRecord, ...],
     ) -> StepStats:
-        records = tuple(record for step in lane_steps for record in step.records)
-        used = Counter()
-        for step in lane_steps:
-            used.update(step.row.sample_ids[~step.row.bad_segments, 0].tolist())
+        used: Counter[int] = Counter()
+        for batch in micro_batches:
+            used.update(batch.sample_ids[~batch.bad_segments, 0].tolist())
         names = [table.name for table in self._planner.tables]
         return StepStats(
             samples=sum(used.values()),
@@ -203,7 +224,11 @@ class Loader:
             useful_tokens=sum(batch.useful_tokens for batch in micro_batches),
             row_tokens=sum(len(batch.input_ids) for batch in micro_batches),
             samples_per_source={name: used[source] for source, name in enumerate(names)},
+            samples_per_shard=dict(planned.per_shard),
+            filtered=dict(planned.filtered),
             wait_seconds=wait_seconds,
+            cost=planned.cost,
+            imbalance=planned.imbalance,
             records=records,
         )
 
@@ -215,6 +240,7 @@ def count_steps(
     *,
     seed: int,
     lengths: ItemLengths,
+    follow_folder: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Steps until the last lane has used up the `epochs` of all sources, for runs whose length is given in epochs.
@@ -228,57 +254,22 @@ def count_steps(
     endless = [source.name for source in shards.sources if source.epochs is None]
     if endless:
         raise ConfigError(f"steps can be counted only where every source has `epochs`; missing for {endless}")
-    tables = open_sources(shards)
     tokenizer = load_tokenizer(batches.tokenizer)
+    tables = open_sources(shards, follow_folder)
     planner = SamplePlanner(tables, samples, batches, tokenizer, lengths, shards.max_member_bytes)
-    order = _order(shards, batches, tables, seed)
+    order = lane_planner(shards, planner, seed)
     most = 0
-    for lane in range(batches.rows_per_step):
+    for lane in range(batches.num_lanes):
         reader = LaneReader(order, planner, seed, LaneCursor(order.first_state(lane)))
         rows = 0
         while not reader.cursor.exhausted:
-            row, _ = reader.next_row()
-            if row or not reader.cursor.exhausted:  # a window without a good sample costs a row, except at the end
+            row = reader.next_row(rows // batches.rows_per_lane)
+            if row.samples or not reader.cursor.exhausted:  # a window without a good sample costs a row, but at the end
                 rows += 1
-        most = max(most, rows)
+        most = max(most, -(-rows // batches.rows_per_lane))
         if on_progress is not None:
-            on_progress(lane + 1, batches.rows_per_step)
+            on_progress(lane + 1, batches.num_lanes)
     return most
-
-
-def _order(shards: ShardsConfig, batches: BatchesConfig, tables: Sequence[SourceTable], seed: int) -> LanePlanner:
-    sources = [
-        LaneSource(
-            shard_sizes=table.shard_sizes,
-            weight=source.weight,
-            schedule=source.weight_schedule,
-            group=tuple(source.group.split("/")) if source.group else (),
-            epochs=source.epochs,
-        )
-        for source, table in zip(shards.sources, tables)
-    ]
-    return LanePlanner(
-        seed,
-        sources,
-        group_weights=shards.group_weights,
-        num_lanes=batches.rows_per_step,
-        window_samples=shards.window_samples,
-    )
-
-
-def _data_identity(
-    shards: ShardsConfig, batches: BatchesConfig, tables: Sequence[SourceTable], tokenizer: str, seed: int
-) -> dict[str, Any]:
-    """What the order of samples depends on, beside weights and epochs, which may change on resume. JSON types only."""
-    return {
-        "seed": seed,
-        "rows_per_step": batches.rows_per_step,
-        "row_tokens": batches.row_tokens,
-        "max_samples_per_row": batches.max_samples_per_row,
-        "window_samples": shards.window_samples,
-        "tokenizer": tokenizer,
-        "sources": [[table.name, table.num_samples] for table in tables],
-    }
 
 
 def _warn_of_waste(batches: BatchesConfig, micro_steps: int, rank: int, world_size: int) -> None:

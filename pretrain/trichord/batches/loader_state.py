@@ -1,6 +1,6 @@
 """Where the loader stands: per lane a cursor of a few numbers, and the digests of what was planned and left out.
 
-A rank's state holds its own lanes. Merged over the ranks it is the state of the job, and says nothing of how many
+A rank's state holds the lanes it keeps. Merged over the ranks it is the state of the job, and says nothing of how many
 ranks or workers there were.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trichord.core.errors import CheckpointError
 from trichord.shards.lanes import LaneState, SampleRef
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _EMPTY_CHAIN = "0" * 32
+_TALLY_BITS = 128
 
 
 @dataclass(frozen=True)
@@ -23,38 +24,52 @@ class LaneCursor:
     """Position of one lane between two steps.
 
     window: planner state at the start of the current window; row: rows of that window already given.
-    chain: running digest of the references of every row so far, one link per step, empty rows too.
-    quarantined, quarantine_chain: count and running digest of the samples left out so far.
+    chain: running digest of the references of every row so far, one link per row, empty rows too.
     exhausted: no sample is left in this lane, for good.
     """
 
     window: LaneState
     row: int = 0
     chain: str = _EMPTY_CHAIN
-    quarantined: int = 0
-    quarantine_chain: str = _EMPTY_CHAIN
     exhausted: bool = False
-
-    def quarantine(self, refs: Sequence[SampleRef]) -> LaneCursor:
-        """The cursor after these samples were left out, in this order."""
-        chain = self.quarantine_chain
-        for ref in refs:
-            chain = extend_chain(chain, [ref])
-        return replace(self, quarantined=self.quarantined + len(refs), quarantine_chain=chain)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "window": self.window.to_json()}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> LaneCursor:
-        return LaneCursor(**{**fields, "window": LaneState.from_json(fields["window"])})
+        cursor = LaneCursor(**{**fields, "window": LaneState.from_json(fields["window"])})
+        bytes.fromhex(cursor.chain)
+        return cursor
 
 
 def extend_chain(chain: str, refs: Iterable[SampleRef]) -> str:
     """Next link of a digest chain: BLAKE2b over the previous link and the references as little-endian 64-bit ints."""
-    numbers = (number for ref in refs for number in ref)
-    content = b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
-    return hashlib.blake2b(bytes.fromhex(chain) + content, digest_size=16).hexdigest()
+    return hashlib.blake2b(bytes.fromhex(chain) + _ref_bytes(refs), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The samples left out so far, as a multiset: whoever finds one adds it, and tallies of ranks add up.
+
+    count: how many. digest: sum of their hashes modulo 2^128, so no order is in it (Bellare and Micciancio 1997).
+    """
+
+    count: int = 0
+    digest: int = 0
+
+    def add(self, refs: Iterable[SampleRef]) -> Tally:
+        return sum((Tally(1, _hash_of(ref)) for ref in refs), self)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.count + other.count, (self.digest + other.digest) % 2**_TALLY_BITS)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "digest": f"{self.digest:032x}"}
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Tally:
+        return Tally(int(fields["count"]), int(fields["digest"], 16))
 
 
 @dataclass(frozen=True)
@@ -64,19 +79,18 @@ class LoaderState:
     step: int
     lanes: dict[int, LaneCursor]
     data: dict[str, Any]
+    left_out: Tally = Tally()
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types. `quarantined` and, once merged, the digests are in it for the reader's convenience."""
+        """A dict of JSON types. Once merged, the digest is in it for the reader's convenience."""
         fields: dict[str, Any] = {
             "version": STATE_VERSION,
             "step": self.step,
             "data": self.data,
             "lanes": {str(lane): self.lanes[lane].to_json() for lane in sorted(self.lanes)},
-            "quarantined": self.quarantined,
+            "left_out": self.left_out.to_json(),
         }
-        if self.is_merged:
-            fields |= {"digest": self.digest(), "quarantine_digest": self.quarantine_digest()}
-        return fields
+        return fields | ({"digest": self.digest()} if self.is_merged else {})
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> LoaderState:
@@ -88,7 +102,7 @@ class LoaderState:
             )
         try:
             lanes = {int(lane): LaneCursor.from_json(cursor) for lane, cursor in fields["lanes"].items()}
-            return LoaderState(fields["step"], lanes, fields["data"])
+            return LoaderState(fields["step"], lanes, fields["data"], Tally.from_json(fields["left_out"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"the loader state is damaged ({type(error).__name__}: {error}); use another checkpoint"
@@ -111,13 +125,13 @@ class LoaderState:
             if shared:
                 raise CheckpointError(f"lanes {sorted(shared)[:5]} are in the loader states of two ranks")
             lanes |= state.lanes
-        merged = LoaderState(first.step, lanes, first.data)
+        merged = LoaderState(first.step, lanes, first.data, sum((state.left_out for state in states), Tally()))
         merged._need_all_lanes()
         return merged
 
     @property
     def num_lanes(self) -> int:
-        return self.data["rows_per_step"]
+        return self.data["num_lanes"]
 
     @property
     def is_merged(self) -> bool:
@@ -131,18 +145,19 @@ class LoaderState:
 
     @property
     def quarantined(self) -> int:
-        """Samples left out so far, in the lanes in here."""
-        return sum(cursor.quarantined for cursor in self.lanes.values())
+        """Samples left out so far: by the rank whose state this is, or merged, by all."""
+        return self.left_out.count
 
     def digest(self) -> str:
         """Data order digest of a merged state: the planned references of all steps so far, hardware-independent."""
         self._need_all_lanes()
-        return _merged_digest(self.lanes[lane].chain for lane in sorted(self.lanes))
+        chains = b"".join(bytes.fromhex(self.lanes[lane].chain) for lane in sorted(self.lanes))
+        return hashlib.blake2b(chains, digest_size=16).hexdigest()
 
     def quarantine_digest(self) -> str:
-        """The same over the samples left out."""
+        """Digest of the samples left out so far, of a merged state; hardware-independent too."""
         self._need_all_lanes()
-        return _merged_digest(self.lanes[lane].quarantine_chain for lane in sorted(self.lanes))
+        return f"{self.left_out.digest:032x}"
 
     def check_fits(self, data: dict[str, Any]) -> None:
         """Raises CheckpointError, naming both values, when the state belongs to other data or another packing."""
@@ -164,5 +179,9 @@ class LoaderState:
             )
 
 
-def _merged_digest(chains: Iterable[str]) -> str:
-    return hashlib.blake2b(b"".join(bytes.fromhex(chain) for chain in chains), digest_size=16).hexdigest()
+def _ref_bytes(refs: Iterable[SampleRef]) -> bytes:
+    return b"".join(number.to_bytes(8, "little", signed=True) for ref in refs for number in ref)
+
+
+def _hash_of(ref: SampleRef) -> int:
+    return int.from_bytes(hashlib.blake2b(_ref_bytes([ref]), digest_size=_TALLY_BITS // 8).digest(), "little")

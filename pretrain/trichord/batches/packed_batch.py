@@ -39,13 +39,18 @@ class PackedBatch:
         image_spans (I, 2) int32: start and end of the image's tokens in the stream (equal: not in the stream).
         image_segments (I,) int64: the segment each image belongs to.
         image_index (sum of span lengths,) int64: stream positions of all image tokens, image by image.
-        waveforms (N,) int16: all clips end to end, mono, at the configured rate.
-        audio_offsets: A + 1 Python ints into `waveforms`.
+        waveforms (N,) int16: all clips end to end, mono, at the configured rate; empty where workers compute log-mel.
+        audio_offsets: A + 1 Python ints, where each clip starts and ends in samples: in `waveforms`, where it is there.
+        log_mels (F, num_mels) float32: log-mel frames of all clips end to end, where workers compute them, else none.
+        mel_offsets: A + 1 Python ints into `log_mels`.
         audio_spans (A, 2) int32, audio_segments (A,) int64, audio_index: as for images.
         text_spans (S, 2) int32: start and end of each segment's caption tokens in the stream (equal: no text).
     Samples:
+        targets (S, C) float32: values of `samples.targets`, in its order: one column for a class number or a number,
+            one per class, 0 or 1, where there may be several. target_present (S, N) bool: which targets a sample has.
         group_ids (S,) int64: equal for samples that count as the same item in contrastive objectives.
-        sample_ids (S, 3) int64: source number, epoch, sample number inside the source.
+        sample_ids (S, 3) int64: source number, epoch, sample number inside the source. The pieces of a sample that is
+            longer than a row have the same.
         bad_segments (S,) bool: decoded badly; its tokens are slack, its items absent.
     Host facts:
         num_segments, num_images, num_audios, num_labels, max_seqlen, useful_tokens (non-slack).
@@ -65,14 +70,18 @@ class PackedBatch:
     image_segments: Tensor
     image_index: Tensor
     waveforms: Tensor
+    log_mels: Tensor
     audio_spans: Tensor
     audio_segments: Tensor
     audio_index: Tensor
     text_spans: Tensor
     group_ids: Tensor
+    targets: Tensor
+    target_present: Tensor
     sample_ids: Tensor
     bad_segments: Tensor
     audio_offsets: tuple[int, ...]
+    mel_offsets: tuple[int, ...]
     image_counts: tuple[int, ...]
     audio_counts: tuple[int, ...]
     text_lengths: tuple[int, ...]
@@ -112,8 +121,11 @@ class PackedBatch:
         _equal("image_index.shape[0]", self.image_index.shape[0], "sum of image_counts", sum(self.image_counts))
         _equal("audio_index.shape[0]", self.audio_index.shape[0], "sum of audio_counts", sum(self.audio_counts))
         _equal("len(audio_offsets) - 1", len(self.audio_offsets) - 1, "num_audios", self.num_audios)
-        _equal("audio_offsets[-1]", self.audio_offsets[-1], "waveforms.shape[0]", self.waveforms.shape[0])
-        for name in ("text_spans", "group_ids", "sample_ids", "bad_segments"):
+        _equal("len(mel_offsets) - 1", len(self.mel_offsets) - 1, "num_audios", self.num_audios)
+        _equal("mel_offsets[-1]", self.mel_offsets[-1], "log_mels.shape[0]", self.log_mels.shape[0])
+        if not self.log_mels.shape[0]:
+            _equal("audio_offsets[-1]", self.audio_offsets[-1], "waveforms.shape[0]", self.waveforms.shape[0])
+        for name in ("text_spans", "group_ids", "targets", "target_present", "sample_ids", "bad_segments"):
             _equal(f"{name}.shape[0]", getattr(self, name).shape[0], "num_segments", self.num_segments)
         if total and int(self.segment_ids.max()) >= self.num_segments:
             raise ValueError(

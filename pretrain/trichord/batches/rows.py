@@ -7,18 +7,42 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trichord.batches.config import BatchesConfig
-from trichord.batches.interleave import fill_segment
-from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, SPAN_TEXT
-from trichord.batches.tokenizer import TextTokenizer
+from trichord.batches.interleave import caption_span, fill_segment, part_spans
+from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, SPAN_AUDIO, SPAN_IMAGE, SPAN_TEXT
 from trichord.batches.windows import PlannedSample
+from trichord.samples.config import TargetConfig
+from trichord.samples.targets import count_columns
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What all rows of a run have in common.
+
+    row_tokens: length. image_size: side of the pixels. pad_id, image_id, audio_id: the tokenizer's. num_mels: mel bins
+    where workers compute log-mel, else 0. target_columns, num_targets: sizes of the targets.
+    """
+
+    row_tokens: int
+    image_size: int
+    pad_id: int
+    image_id: int
+    audio_id: int
+    num_mels: int = 0
+    target_columns: int = 0
+    num_targets: int = 0
+
+    @staticmethod
+    def of(row_tokens: int, image_size: int, tokenizer, num_mels: int, targets: dict[str, TargetConfig]) -> RowFormat:
+        ids = (tokenizer.pad_id, tokenizer.image_id, tokenizer.audio_id)
+        return RowFormat(row_tokens, image_size, *ids, num_mels, count_columns(targets), len(targets))
 
 
 @dataclass(frozen=True)
 class RowArrays:
     """The parts of `PackedBatch` for one row of R tokens, S segments, I images, A clips; all numpy, same dtypes.
 
-    audio_lengths (A,) int64: samples of each clip in `waveforms`.
+    audio_lengths (A,) int64: samples of each clip; mel_lengths (A,) int64: its log-mel frames. Of `waveforms` and
+    `log_mels` one is empty: log-mel is computed on the device or here.
     """
 
     input_ids: np.ndarray
@@ -31,57 +55,47 @@ class RowArrays:
     image_spans: np.ndarray
     image_segments: np.ndarray
     waveforms: np.ndarray
+    log_mels: np.ndarray
     audio_lengths: np.ndarray
+    mel_lengths: np.ndarray
     audio_spans: np.ndarray
     audio_segments: np.ndarray
     text_spans: np.ndarray
     group_ids: np.ndarray
+    targets: np.ndarray
+    target_present: np.ndarray
     sample_ids: np.ndarray
     bad_segments: np.ndarray
 
 
 @dataclass(frozen=True)
-class DecodedItems:
-    """pixels (3, H, W) uint8 and waveform (n,) int16 of one sample; None where absent."""
+class DecodedClip:
+    """num_samples of a clip, and its waveform (num_samples,) int16 or its log-mel (frames, num_mels) float32."""
 
-    pixels: np.ndarray | None
-    waveform: np.ndarray | None
+    num_samples: int
+    waveform: np.ndarray | None = None
+    log_mel: np.ndarray | None = None
 
 
-def build_row(
-    planned: Sequence[PlannedSample],
-    decoded: Sequence[DecodedItems | None],
-    tokenizer: TextTokenizer,
-    batches: BatchesConfig,
-    image_size: int,
-    row_tokens: int | None = None,
-) -> RowArrays:
+DecodedItems = Sequence["np.ndarray | DecodedClip"]
+"""Pixels (3, H, W) uint8 or clip of each item of a sample, in order."""
+
+
+def build_row(planned: Sequence[PlannedSample], decoded: Sequence[DecodedItems | None], form: RowFormat) -> RowArrays:
     """Fill a row. `decoded[i]` None marks sample i as bad: its slot becomes slack and nothing else moves.
 
     Args:
-        planned: the row's samples, in stream order; none gives an empty row. image_size: side of the pixels.
-        row_tokens: length of the row where it is not `batches.row_tokens`.
+        planned: the row's samples, in stream order; none gives an empty row.
     """
-    length = batches.row_tokens if row_tokens is None else row_tokens
-    row = _slack(length, tokenizer.pad_id)
+    row = _slack(form)
     items = _Items()
     start = 0
     for segment, (sample, content) in enumerate(zip(planned, decoded, strict=True)):
-        end = start + sample.layout.length
+        end = start + sample.length
         if content is None:
-            no_text = start + sample.layout.text[0]
-            items.text_spans.append((no_text, no_text))
+            items.text_spans.append((start + 1, start + 1))
         else:
-            arrays = fill_segment(
-                sample.layout,
-                sample.prompt_ids,
-                sample.text_ids,
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
-                image_id=tokenizer.image_id,
-                audio_id=tokenizer.audio_id,
-                label_prompt=batches.label_prompt,
-            )
+            arrays = fill_segment(sample.parts, image_id=form.image_id, audio_id=form.audio_id)
             row["input_ids"][start:end] = arrays.input_ids
             row["labels"][start:end] = arrays.labels
             row["position_ids"][:, start:end] = arrays.positions
@@ -90,19 +104,28 @@ def build_row(
             row["span_ends"][start:end] = arrays.span_ends + start
             items.add(segment, start, sample, content)
         start = end
+    good = np.array([content is not None for content in decoded], dtype=bool)
+    present = np.array([sample.target_present for sample in planned], dtype=bool).reshape(
+        len(planned), form.num_targets
+    )
     return RowArrays(
         **row,
-        **items.arrays(image_size),
+        **items.arrays(form),
         group_ids=np.array([sample.group_id for sample in planned], dtype=np.int64),
+        targets=np.array([sample.targets for sample in planned], dtype=np.float32).reshape(
+            len(planned), form.target_columns
+        ),
+        target_present=present & good[:, None],
         sample_ids=np.array([sample.ref for sample in planned], dtype=np.int64).reshape(-1, 3),
-        bad_segments=np.array([content is None for content in decoded], dtype=bool),
+        bad_segments=~good,
     )
 
 
-def _slack(length: int, pad_id: int) -> dict[str, np.ndarray]:
+def _slack(form: RowFormat) -> dict[str, np.ndarray]:
     """A row of nothing: one causal run, so that a kernel that computes it meets nothing special."""
+    length = form.row_tokens
     return {
-        "input_ids": np.full(length, pad_id, dtype=np.int64),
+        "input_ids": np.full(length, form.pad_id, dtype=np.int64),
         "labels": np.full(length, IGNORE_INDEX, dtype=np.int64),
         "position_ids": np.zeros((3, length), dtype=np.float32),
         "segment_ids": np.full(length, SLACK_SEGMENT, dtype=np.int32),
@@ -118,32 +141,38 @@ class _Items:
         self.pixels: list[np.ndarray] = []
         self.image_spans: list[tuple[int, int]] = []
         self.image_segments: list[int] = []
-        self.waveforms: list[np.ndarray] = []
+        self.clips: list[DecodedClip] = []
         self.audio_spans: list[tuple[int, int]] = []
         self.audio_segments: list[int] = []
         self.text_spans: list[tuple[int, int]] = []
 
     def add(self, segment: int, start: int, sample: PlannedSample, content: DecodedItems) -> None:
-        layout = sample.layout
-        if content.pixels is not None:
-            self.pixels.append(content.pixels)
-            self.image_spans.append((start + layout.image[0], start + layout.image[1]))
-            self.image_segments.append(segment)
-        if content.waveform is not None:
-            self.waveforms.append(content.waveform)
-            self.audio_spans.append((start + layout.audio[0], start + layout.audio[1]))
-            self.audio_segments.append(segment)
-        self.text_spans.append((start + layout.text[0], start + layout.text[1]))
+        first, last = caption_span(sample.parts)
+        self.text_spans.append((start + first, start + last))
+        items = iter(content)
+        for part, (first, last) in zip(sample.parts, part_spans(sample.parts)):
+            if part.kind == SPAN_IMAGE:
+                self.pixels.append(next(items))  # pyright: ignore[reportArgumentType]
+                self.image_spans.append((start + first, start + last))
+                self.image_segments.append(segment)
+            elif part.kind == SPAN_AUDIO:
+                self.clips.append(next(items))  # pyright: ignore[reportArgumentType]
+                self.audio_spans.append((start + first, start + last))
+                self.audio_segments.append(segment)
 
-    def arrays(self, image_size: int) -> dict[str, np.ndarray]:
-        no_pixels = np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
-        no_waveform = np.zeros(0, dtype=np.int16)
+    def arrays(self, form: RowFormat) -> dict[str, np.ndarray]:
+        waveforms = [clip.waveform for clip in self.clips if clip.waveform is not None]
+        log_mels = [clip.log_mel for clip in self.clips if clip.log_mel is not None]
+        mel_lengths = [0 if clip.log_mel is None else len(clip.log_mel) for clip in self.clips]
+        no_pixels = np.zeros((0, 3, form.image_size, form.image_size), dtype=np.uint8)
         return {
             "pixels": np.stack(self.pixels) if self.pixels else no_pixels,
             "image_spans": np.array(self.image_spans, dtype=np.int32).reshape(-1, 2),
             "image_segments": np.array(self.image_segments, dtype=np.int64),
-            "waveforms": np.concatenate(self.waveforms) if self.waveforms else no_waveform,
-            "audio_lengths": np.array([len(waveform) for waveform in self.waveforms], dtype=np.int64),
+            "waveforms": np.concatenate(waveforms) if waveforms else np.zeros(0, dtype=np.int16),
+            "log_mels": np.concatenate(log_mels) if log_mels else np.zeros((0, form.num_mels), dtype=np.float32),
+            "audio_lengths": np.array([clip.num_samples for clip in self.clips], dtype=np.int64),
+            "mel_lengths": np.array(mel_lengths, dtype=np.int64),
             "audio_spans": np.array(self.audio_spans, dtype=np.int32).reshape(-1, 2),
             "audio_segments": np.array(self.audio_segments, dtype=np.int64),
             "text_spans": np.array(self.text_spans, dtype=np.int32).reshape(-1, 2),

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+
 from trichord.batches.collate import collate
 from trichord.batches.config import BatchesConfig
+from trichord.batches.decoding import RowDecoder
 from trichord.batches.packed_batch import PackedBatch
-from trichord.batches.rows import DecodedItems, build_row
+from trichord.batches.rows import DecodedClip, DecodedItems
 from trichord.batches.tokenizer import TextTokenizer
 from trichord.batches.windows import ItemLengths, PlannedSample, SamplePlanner
 from trichord.samples.config import SamplesConfig
-from trichord.samples.sample import AugmentKey, DecodedSample, decode_items
+from trichord.samples.filters import FilteredSample
+from trichord.samples.sample import DecodedSample, SampleContent
 from trichord.shards.config import ShardsConfig, SourceConfig
 from trichord.shards.lanes import SampleRef
 from trichord.shards.quarantine import BadSample, QuarantineRecord
@@ -53,40 +57,51 @@ def iter_source(
     must call the model equally often. A batch all of whose samples are bad is such a row too.
 
     Args:
-        source: what to read; `epochs` and `weight` are not looked at. shards: gives the caps on members; the sources in
-            it are not read. max_samples: stop after that many; None: all. augment_seed: change items as training does,
-            by this seed; None: not at all.
+        source: what to read; `epochs`, `weight`, `group` and `follow` are not looked at. shards: gives the caps on
+            members and the storage; its sources are not read. max_samples: stop after that many; None: all.
+            augment_seed: change items as training does, by this seed; None: not at all.
 
     Raises:
         DataError: the source cannot be read.
     """
-    table = open_sources(shards.model_copy(update={"sources": (source,)}))[0]
+    table = open_sources(
+        shards.model_copy(
+            update={"sources": (source.model_copy(update={"group": "", "follow": False}),), "group_weights": {}}
+        )
+    )[0]
     planner = SamplePlanner([table], samples, batches, tokenizer, lengths, shards.max_member_bytes)
+    decoder = RowDecoder(planner, augment_seed)
     total = table.num_samples if max_samples is None else min(max_samples, table.num_samples)
     numbers = iter(range(total))
     chunks = list(iter(lambda: list(islice(numbers, batch_samples)), []))
     chunks += [[]] * (-len(chunks) % world_size)
     for chunk in chunks[rank::world_size]:
-        yield _read_batch(chunk, planner, augment_seed)
+        yield _read_batch(chunk, planner, decoder)
 
 
-def _read_batch(numbers: list[int], planner: SamplePlanner, augment_seed: int | None) -> SequentialBatch:
+def _read_batch(numbers: list[int], planner: SamplePlanner, decoder: RowDecoder) -> SequentialBatch:
     planned: list[PlannedSample] = []
+    items: list[DecodedItems] = []
     decoded: list[DecodedSample] = []
     bad: list[QuarantineRecord] = []
-    name = planner.tables[0].name
     for number in numbers:
         ref = SampleRef(0, 0, number)
-        key = None if augment_seed is None else AugmentKey(augment_seed, name, 0, number)
         try:
-            sample, text, meta = planner.plan(ref)
-            pixels, waveform = decode_items(sample.entry, planner.samples, planner.max_member_bytes, key)
+            sample, content = planner.plan(ref)
+            items.append(decoder.decode_items(sample))
+        except FilteredSample:
+            continue
         except BadSample as error:
             bad.append(planner.left_out(ref, error).record)
             continue
         planned.append(sample)
-        decoded.append(DecodedSample(name, sample.entry.key, pixels, waveform, text, meta))
-    items = [DecodedItems(sample.pixels, sample.waveform) for sample in decoded]
-    length = sum(sample.layout.length for sample in planned) or planner.batches.row_tokens
-    row = build_row(planned, items, planner.tokenizer, planner.batches, planner.samples.image.size, length)
-    return SequentialBatch(decoded, collate([row]), bad)
+        decoded.append(_decoded_sample(planner.tables[0].name, sample, content, items[-1]))
+    length = sum(sample.length for sample in planned) or planner.batches.row_tokens
+    return SequentialBatch(decoded, collate([decoder.build(planned, items, length)]), bad)
+
+
+def _decoded_sample(source: str, sample: PlannedSample, content: SampleContent, items: DecodedItems) -> DecodedSample:
+    pixels = next((item for item in items if isinstance(item, np.ndarray)), None)
+    clip = next((item for item in items if isinstance(item, DecodedClip)), None)
+    waveform = None if clip is None else clip.waveform
+    return DecodedSample(source, sample.key, pixels, waveform, content.text, content.meta)

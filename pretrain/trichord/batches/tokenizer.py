@@ -69,7 +69,16 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no [BOS], no [EOS], never cut, and no special id whatever characters are in it."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, at less than half the cost per text."""
+        if not texts:
+            return []
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._without_marks(text, one.ids) for text, one in zip(texts, encoded)]
+
+    def _without_marks(self, text: str, ids: list[int]) -> list[int]:
         if self._mark_ids.isdisjoint(ids):
             return ids
         # Break each special after its first character. (The library's `encode_special_tokens` is not enough: a unigram

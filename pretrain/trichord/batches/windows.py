@@ -1,5 +1,7 @@
 """Planning: which samples of a window go into which rows, known before anything large is read.
 
+    references -> content (texts read) -> parts with token ids -> pieces no longer than a row -> rows
+
 Text is read and tokenised here, image and audio sizes come from the index, so planned lengths are exact and the rows
 of a window are a pure function of the data and the config.
 """
@@ -7,21 +9,26 @@ of a window are a pure function of the data and the config.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from trichord.batches.config import BatchesConfig
-from trichord.batches.interleave import SegmentLayout, plan_segment
-from trichord.batches.packing import pack_rows
+from trichord.batches.drafts import DraftPart, draft_parts
+from trichord.batches.interleave import StreamPart, segment_length
+from trichord.batches.packed_batch import SPAN_TEXT
+from trichord.batches.packing import group_rows, pack_rows, split_parts
 from trichord.batches.tokenizer import TextTokenizer
 from trichord.core.seed import derive_seed
-from trichord.samples.audio import resampled_length
+from trichord.samples.audio import clip_samples
 from trichord.samples.config import SamplesConfig
-from trichord.samples.sample import check_entry, read_text
-from trichord.shards.index import SampleEntry
+from trichord.samples.filters import FilteredSample, SampleFilter
+from trichord.samples.interleaved import Item
+from trichord.samples.sample import SampleContent, read_content
+from trichord.samples.targets import read_targets
 from trichord.shards.lanes import SampleRef, keyed_permutation
 from trichord.shards.quarantine import BadSample, QuarantineRecord
 from trichord.shards.reader import SourceTable
@@ -35,10 +42,15 @@ class ItemLengths:
     audio: samples at the model's rate -> tokens.
     (0, 0) and 0 are allowed: the item goes to its tower but not into the stream. None: the model has no such tower,
     and the field is not read at all.
+    log_mel: waveform (n,) int16 -> (frames, num_mels) float32, where workers compute it; None: the device does.
+    cost: (stream tokens, images, audio samples) of a row -> predicted work, in any unit; None: stream tokens.
     """
 
     image: Callable[[int, int], tuple[int, int]] | None
     audio: Callable[[int], int] | None
+    log_mel: Callable[[np.ndarray], np.ndarray] | None = None
+    num_mels: int = 0
+    cost: Callable[[int, int, int], float] | None = None
 
     @property
     def fields(self) -> frozenset[str]:
@@ -49,14 +61,27 @@ class ItemLengths:
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """A sample whose segment is laid out; prompt_ids and text_ids (n,) int32; group_id: see `PackedBatch.group_ids`."""
+    """One segment: a sample, or a piece of one that is longer than a row.
+
+    parts: its stream, [BOS] included. items: its images and clips in the order of `parts`. first_item: number of the
+    first of them in the whole sample. group_id: see `PackedBatch.group_ids`. targets (C,) float32 and target_present
+    (N,) bool: see `PackedBatch.targets`. key, shard: where it comes from, for messages. audio_samples: of its clips.
+    """
 
     ref: SampleRef
-    entry: SampleEntry
-    layout: SegmentLayout
-    prompt_ids: np.ndarray
-    text_ids: np.ndarray
+    key: str
+    shard: str
+    parts: tuple[StreamPart, ...]
+    items: tuple[Item, ...]
     group_id: int
+    targets: np.ndarray
+    target_present: np.ndarray
+    audio_samples: int = 0
+    first_item: int = 0
+    length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", segment_length(self.parts))
 
 
 @dataclass(frozen=True)
@@ -69,10 +94,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The rows of one window in the order in which the lane gives them, and the samples left out of it."""
+    """The rows of one window in the order in which the lane gives them, the bad samples left out of it, and how many
+    each filter left out."""
 
     rows: list[list[PlannedSample]]
     left_out: list[LeftOut]
+    filtered: Counter[str]
 
 
 class SamplePlanner:
@@ -87,75 +114,143 @@ class SamplePlanner:
         lengths: ItemLengths,
         max_member_bytes: int,
     ) -> None:
+        """Raises ConfigError when an exclude list of a source cannot be read."""
         self.tables = list(tables)
+        self.filters = [SampleFilter(table.config.filters) for table in tables]
         self.samples = samples
         self.batches = batches
         self.tokenizer = tokenizer
         self.lengths = lengths
         self.max_member_bytes = max_member_bytes
 
-    def plan(self, ref: SampleRef) -> tuple[PlannedSample, str | None, dict[str, Any]]:
-        """One sample with its text and metadata.
+    def read(self, ref: SampleRef) -> SampleContent:
+        """The content of a sample, nothing large decoded.
 
         Raises:
-            BadSample: by its index or its text it cannot be used, or its segment is longer than a row.
+            BadSample: by its index, text or json it cannot be used. FilteredSample: a filter leaves it out.
             DataError: the storage failed.
         """
         table = self.tables[ref.source]
         entry = table.entry(ref.sample)
-        check_entry(entry, table.config, self.samples, self.lengths.fields)
-        members = {name: m for name, m in entry.members.items() if name == "meta" or name in self.lengths.fields}
-        entry = replace(entry, members=members)
-        text, meta = read_text(entry, table.config, self.samples, self.max_member_bytes)
-        if text is None and not {"image", "audio"} & members.keys():
-            raise BadSample("the text is blank and there is nothing else")
-        prompt_ids = self._encode(meta.get("prompt") or "")
-        text_ids = self._encode(text or "")
-        layout = plan_segment(
-            self._grid(entry), self._audio_tokens(entry), len(prompt_ids), None if text is None else len(text_ids)
-        )
-        if layout.length > self.batches.row_tokens:
-            raise BadSample(f"longer than a row: {layout.length} tokens, batches.row_tokens {self.batches.row_tokens}")
-        group_id = group_of(text, meta, table.name, ref.sample)
-        return PlannedSample(ref, entry, layout, prompt_ids, text_ids, group_id), text, meta
+        keep = self.filters[ref.source]
+        return read_content(entry, table.config, self.samples, self.max_member_bytes, keep, self.lengths.fields)
+
+    def plan(self, ref: SampleRef) -> tuple[PlannedSample, SampleContent]:
+        """One sample as one segment, and its content.
+
+        Raises:
+            BadSample, FilteredSample, DataError: as `read`; BadSample also where its segment is longer than a row.
+        """
+        content = self.read(ref)
+        drafts = draft_parts(content, self.batches)
+        ids = self.tokenizer.encode_batch([part.text for part in drafts if part.text])
+        planned = self._planned(ref, content, drafts, ids)
+        if planned.length > self.batches.row_tokens:
+            raise BadSample(_too_long(planned.length, self.batches.row_tokens))
+        return planned, content
 
     def plan_window(self, refs: Sequence[SampleRef], seed: int, lane: int, window: int) -> WindowPlan:
         """Plan all samples of a window, pack them into rows, shuffle the rows (packing put the long samples first)."""
-        planned: list[PlannedSample] = []
-        left_out: list[LeftOut] = []
-        for ref in refs:
-            try:
-                planned.append(self.plan(ref)[0])
-            except BadSample as bad:
-                left_out.append(self.left_out(ref, bad))
-        lengths = [sample.layout.length for sample in planned]
-        rows = pack_rows(lengths, self.batches.row_tokens, self.batches.max_samples_per_row)
+        plan = WindowPlan([], [], Counter())
+        planned = self._plan_all(refs, plan)
+        lengths = [sample.length for sample in planned]
+        pack = group_rows if self.batches.packing == "count" else pack_rows
+        rows = pack(lengths, self.batches.row_tokens, self.batches.max_samples_per_row)
         order = keyed_permutation(len(rows), derive_seed(seed, "rows", lane, window))
-        return WindowPlan([[planned[item] for item in rows[row]] for row in order], left_out)
+        plan.rows.extend([planned[item] for item in rows[row]] for row in order)
+        return plan
 
     def left_out(self, ref: SampleRef, bad: BadSample) -> LeftOut:
         """The quarantine line of a sample: where it is and what is wrong with it."""
         table = self.tables[ref.source]
         entry = table.entry(ref.sample)
-        members = entry.members.values()
+        members = [*entry.members.values(), *(sibling.ref for sibling in entry.siblings.values())]
         offset = next(
             (m.offset for m in members if m.name == bad.member), min((m.offset for m in members), default=None)
         )
         return LeftOut(ref, QuarantineRecord(entry.shard, entry.key, offset, bad.member, bad.reason, table.name))
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer.encode(text) if text else [], dtype=np.int32)
+    def _plan_all(self, refs: Sequence[SampleRef], plan: WindowPlan) -> list[PlannedSample]:
+        """All samples of a window; its texts are tokenised in one call."""
+        drafts: list[tuple[SampleRef, SampleContent, list[DraftPart]]] = []
+        for ref in refs:
+            try:
+                content = self.read(ref)
+                drafts.append((ref, content, draft_parts(content, self.batches)))
+            except BadSample as bad:
+                plan.left_out.append(self.left_out(ref, bad))
+            except FilteredSample as filtered:
+                plan.filtered[filtered.reason] += 1
+        ids = iter(self.tokenizer.encode_batch([part.text for _, _, parts in drafts for part in parts if part.text]))
+        planned: list[PlannedSample] = []
+        for ref, content, parts in drafts:
+            own = [next(ids) for part in parts if part.text]
+            try:
+                planned += self._fit(self._planned(ref, content, parts, own))
+            except BadSample as bad:
+                plan.left_out.append(self.left_out(ref, bad))
+        return planned
 
-    def _grid(self, entry: SampleEntry) -> tuple[int, int] | None:
-        if self.lengths.image is None or "image" not in entry.members or entry.image_size is None:
-            return None
-        return self.lengths.image(*entry.image_size)
+    def _planned(
+        self, ref: SampleRef, content: SampleContent, drafts: Sequence[DraftPart], ids: Sequence[Sequence[int]]
+    ) -> PlannedSample:
+        """ids: of each draft with text. Raises BadSample for a target that is not of its kind."""
+        table = self.tables[ref.source]
+        entry = table.entry(ref.sample)
+        targets, present = read_targets(content.meta, self.samples.targets)
+        encoded = iter(ids)
+        parts = [StreamPart.text([self.tokenizer.bos_id])]
+        audio_samples = 0
+        for draft in drafts:
+            if draft.item is not None:
+                part, samples = self._item_part(draft.item)
+                parts.append(part)
+                audio_samples += samples
+            if draft.text:
+                parts.append(StreamPart.text(next(encoded), draft.learned, draft.caption))
+            if draft.ends:
+                parts.append(StreamPart.text([self.tokenizer.eos_id], learned=True))
+        group_id = group_of(content.text, content.meta, table.name, ref.sample)
+        return PlannedSample(
+            ref, entry.key, entry.shard, tuple(parts), content.items, group_id, targets, present, audio_samples
+        )
 
-    def _audio_tokens(self, entry: SampleEntry) -> int | None:
-        frames, rate = entry.audio_frames, entry.audio_rate
-        if self.lengths.audio is None or "audio" not in entry.members or frames is None or rate is None:
-            return None
-        return self.lengths.audio(resampled_length(frames, rate, self.samples.audio.sample_rate))
+    def _item_part(self, item: Item) -> tuple[StreamPart, int]:
+        """An item's stretch of the stream, and its samples if it is a clip."""
+        if item.kind == "image":
+            assert self.lengths.image is not None  # `read` has refused what the model has no tower for
+            return StreamPart.image(self.lengths.image(*item.size)), 0
+        assert self.lengths.audio is not None
+        samples = clip_samples(*item.size, self.samples.audio)
+        return StreamPart.audio(self.lengths.audio(samples)), samples
+
+    def _fit(self, sample: PlannedSample) -> list[PlannedSample]:
+        """The sample, or its pieces where it is longer than a row. Raises BadSample where it can have none."""
+        row_tokens = self.batches.row_tokens
+        if sample.length <= row_tokens:
+            return [sample]
+        if self.batches.long_samples == "drop":
+            raise BadSample(_too_long(sample.length, row_tokens))
+        pieces = split_parts(sample.parts, row_tokens, self.tokenizer.bos_id)
+        if pieces is None:
+            raise BadSample(f"an image or clip alone is longer than a row, batches.row_tokens {row_tokens}")
+        planned, first_item = [], 0
+        for parts in pieces:
+            count = sum(part.kind != SPAN_TEXT for part in parts)
+            items = sample.items[first_item : first_item + count]
+            clips = sum(clip_samples(*item.size, self.samples.audio) for item in items if item.kind == "audio")
+            planned.append(
+                PlannedSample(
+                    *(sample.ref, sample.key, sample.shard, tuple(parts), items, sample.group_id),
+                    *(sample.targets, sample.target_present, clips, first_item),
+                )
+            )
+            first_item += count
+        return planned
+
+
+def _too_long(length: int, row_tokens: int) -> str:
+    return f"longer than a row: {length} tokens, batches.row_tokens {row_tokens}"
 
 
 def group_of(text: str | None, meta: dict[str, Any], source: str, sample: int) -> int:

@@ -1,7 +1,9 @@
-"""Worker processes: each owns some lanes of its rank and sends one parcel per step, in step.
+"""The processes of a loader: one that plans, and some that decode rows, any of them any row.
 
-A parcel carries all arrays of a step in one block of shared memory: one file descriptor however many rows there are,
-and nothing large goes through the pipe.
+    planner process --planned steps--> this process --rows to decode--> decode workers --arrays--> this process
+
+All arrays of a row travel in one block of shared memory: one file descriptor, and nothing large goes through a pipe.
+Rows to decode are pickled once, by the planner, and passed on as bytes.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.util import Finalize
@@ -19,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from trichord.batches.lane_reader import LaneGroup, LaneStep
+from trichord.batches.decoding import DecodedRow, RowDecoder
 from trichord.batches.rows import RowArrays
+from trichord.batches.step_planner import PlannedStep, StepPlanner
+from trichord.batches.windows import LeftOut
 from trichord.core.errors import TrichordError
 
 _ALIGNMENT = 64
@@ -30,16 +36,14 @@ _PR_SET_PDEATHSIG = 1
 _CLOSE_SECONDS = 5.0
 _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
-GroupMaker = Callable[[Sequence[int]], LaneGroup]
-"""Makes the reader of some lanes, from where the loader stands."""
-
 
 @dataclass(frozen=True)
 class Parcel:
-    """One worker's part of a step. steps: with their rows' arrays replaced by (offset, shape, dtype) in `block`."""
+    """A decoded row on its way. places: by name of the array, (offset, shape, dtype) in `block`."""
 
-    steps: list[tuple[LaneStep, dict[str, tuple[int, tuple[int, ...], str]]]]
+    places: dict[str, tuple[int, tuple[int, ...], str]]
     block: torch.Tensor
+    bad: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
@@ -50,92 +54,132 @@ class WorkerFault:
     message: str
 
 
-def pack_parcel(steps: Sequence[LaneStep]) -> Parcel:
-    """Copy the arrays of a step into one block."""
-    size, packed, copies = 0, [], []
-    for step in steps:
-        places = {}
-        for field in fields(RowArrays):
-            array = getattr(step.row, field.name)
-            places[field.name] = (size, array.shape, array.dtype.str)
-            copies.append((size, array))
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        packed.append((replace(step, row=None), places))
+def pack_parcel(row: DecodedRow) -> Parcel:
+    """Copy the arrays of a row into one block."""
+    places, copies, size = {}, [], 0
+    for field in fields(RowArrays):
+        array = getattr(row.arrays, field.name)
+        places[field.name] = (size, array.shape, array.dtype.str)
+        copies.append((size, array))
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     block = torch.empty(size, dtype=torch.uint8)
     view = block.numpy()
     for offset, array in copies:
         view[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return Parcel(packed, block)
+    return Parcel(places, block, row.bad)
 
 
-def unpack_parcel(parcel: Parcel) -> list[LaneStep]:
-    """The steps again; their arrays are views of the block."""
+def unpack_parcel(parcel: Parcel) -> DecodedRow:
+    """The row again; its arrays are views of the block."""
     view = parcel.block.numpy()
-    steps = []
-    for step, places in parcel.steps:
-        arrays = {}
-        for name, (offset, shape, dtype) in places.items():
-            count = int(np.prod(shape))
-            size = count * np.dtype(dtype).itemsize
-            arrays[name] = view[offset : offset + size].view(dtype).reshape(shape)
-        steps.append(replace(step, row=RowArrays(**arrays)))
-    return steps
+    arrays = {}
+    for name, (offset, shape, dtype) in parcel.places.items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        arrays[name] = view[offset : offset + size].view(dtype).reshape(shape)
+    return DecodedRow(RowArrays(**arrays), parcel.bad)
 
 
-class _LaneStream(IterableDataset):
-    """What a worker runs: parcels of the lanes that are its own, for ever."""
+class _StepStream(IterableDataset):
+    """What the planner process runs. The rows of its steps are pickled already."""
 
-    def __init__(self, lanes: Sequence[int], make_group: GroupMaker) -> None:
-        self._lanes = list(lanes)
-        self._make_group = make_group
+    def __init__(self, make_planner: Callable[[], StepPlanner]) -> None:
+        self._make_planner = make_planner
 
-    def __iter__(self) -> Iterator[Parcel | WorkerFault]:
-        info = get_worker_info()
-        assert info is not None, "the stream runs in worker processes only"
+    def __iter__(self) -> Iterator[tuple[PlannedStep, list[bytes]] | WorkerFault]:
         try:
-            for steps in self._make_group(self._lanes[info.id :: info.num_workers]).steps():
-                yield pack_parcel(steps)
+            for step in self._make_planner().steps():
+                yield replace(step, rows=()), [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in step.rows]
         except TrichordError as error:
             yield WorkerFault(type(error), str(error))
 
 
+class _RowDecoding(Dataset):
+    """What a decode worker runs. Its index is a pickled row: ours, from the planner process, never from data."""
+
+    def __init__(self, decoder: RowDecoder) -> None:
+        self._decoder = decoder
+
+    def __getitem__(self, row: bytes | None) -> Parcel | WorkerFault | None:
+        if row is None:
+            return None
+        try:
+            return pack_parcel(self._decoder.decode(pickle.loads(row)))
+        except TrichordError as error:
+            return WorkerFault(type(error), str(error))
+
+
 def read_in_workers(
-    lanes: Sequence[int], make_group: GroupMaker, num_workers: int, prefetch_steps: int
-) -> Iterator[list[LaneStep]]:
-    """One row of every lane per step, read by `num_workers` processes, each at most `prefetch_steps` ahead.
+    make_planner: Callable[[], StepPlanner],
+    decoder: RowDecoder,
+    rows_per_step: int,
+    num_workers: int,
+    prefetch_steps: int,
+) -> Iterator[tuple[PlannedStep, list[DecodedRow]]]:
+    """Planned steps, without their rows, and the rows decoded, at most `prefetch_steps` ahead of what is asked for.
+
+    Args:
+        rows_per_step: about as many rows this rank has in a step; bounds what is decoded ahead.
 
     Closing the generator ends the processes.
 
     Raises:
-        TrichordError: the first error of a worker, of its own class.
-        RuntimeError: a worker died, or met a fault in the code.
+        TrichordError: the first error of a process, of its own class, once all before it was given out.
+        RuntimeError: a process died, or met a fault in the code.
     """
-    num_workers = min(num_workers, len(lanes))
-    loader = DataLoader(
-        _LaneStream(lanes, make_group),
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_steps,
-        collate_fn=_as_it_is,
-        worker_init_fn=partial(enter_worker, os.getpid()),
-        multiprocessing_context="fork",  # a worker starts in milliseconds and shares the indices of all shards
-        persistent_workers=True,
-    )
-    parcels = _start(loader)
-    # Where nobody closes the generator, multiprocessing's exit would send the SIGTERM that workers ignore and wait for
-    # them for ever. Its own finalizers run before that, in plain and in forked processes.
-    close = Finalize(None, _close, args=(parcels,), exitpriority=100)
+    options = {"batch_size": None, "collate_fn": _as_it_is, "worker_init_fn": partial(enter_worker, os.getpid())}
+    # fork: a process starts in milliseconds and shares the indices of all shards
+    options |= {"multiprocessing_context": "fork", "persistent_workers": True}
+    stream = _StepStream(make_planner)
+    planned = _start(DataLoader(stream, num_workers=1, prefetch_factor=prefetch_steps, **options))
+    close_planner = _close_at_exit(planned)
     try:
-        while True:
-            by_lane: dict[int, LaneStep] = {}
-            for _ in range(num_workers):  # DataLoader hands the workers' items out in turn
-                parcel = next(parcels)
-                if isinstance(parcel, WorkerFault):
-                    raise parcel.kind(parcel.message)
-                by_lane |= {step.lane: step for step in unpack_parcel(parcel)}
-            yield [by_lane[lane] for lane in lanes]
+        open_steps: deque[tuple[PlannedStep, int] | WorkerFault] = deque()
+        per_worker = max(1, -(-prefetch_steps * max(1, rows_per_step) // num_workers))
+        tasks = _Tasks(planned, open_steps)
+        loader = DataLoader(
+            _RowDecoding(decoder), sampler=tasks, num_workers=num_workers, prefetch_factor=per_worker, **options
+        )
+        parcels = _start(loader)
+        close_decoders = _close_at_exit(parcels)
+        try:
+            while True:
+                opened = open_steps.popleft()
+                if isinstance(opened, WorkerFault):
+                    raise opened.kind(opened.message)
+                step, num_tasks = opened
+                rows = [_checked(next(parcels)) for _ in range(num_tasks)]
+                yield step, [row for row in rows if row is not None]
+        finally:
+            close_decoders()
     finally:
-        close()
+        close_planner()
+
+
+class _Tasks:
+    """The rows to decode, in order; what is known of their steps goes to `open_steps` on the way.
+
+    A step without rows still has one task, or a rank that has none would look for one for ever.
+    """
+
+    def __init__(self, planned: Iterator[Any], open_steps: deque) -> None:
+        self._planned = planned
+        self._open_steps = open_steps
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        for item in self._planned:
+            if isinstance(item, WorkerFault):
+                self._open_steps.append(item)
+                return
+            step, rows = item
+            tasks = rows or [None]
+            self._open_steps.append((step, len(tasks)))
+            yield from tasks
+
+
+def _checked(parcel: Parcel | WorkerFault | None) -> DecodedRow | None:
+    if isinstance(parcel, WorkerFault):
+        raise parcel.kind(parcel.message)
+    return None if parcel is None else unpack_parcel(parcel)
 
 
 def _start(loader: DataLoader) -> Any:
@@ -145,6 +189,15 @@ def _start(loader: DataLoader) -> Any:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close_at_exit(iterator: Any) -> Callable[[], Any]:
+    """What ends the workers, now or at exit.
+
+    Where nobody closes the generator, multiprocessing's exit would send the SIGTERM that workers ignore and wait for
+    them for ever. Its own finalizers run before that, in plain and in forked processes.
+    """
+    return Finalize(None, _close, args=(iterator,), exitpriority=100)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -167,20 +220,20 @@ def enter_worker(parent_pid: int, worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _close(parcels: Any) -> None:
+def _close(iterator: Any) -> None:
     """End the workers in order; kill those that hang in a read, since they ignore the SIGTERM that torch would send.
 
     Uses the iterator's private parts: torch has no public way to end it, and none that a hanging worker obeys.
     """
-    parcels._workers_done_event.set()
-    for queue in parcels._index_queues:
+    iterator._workers_done_event.set()
+    for queue in iterator._index_queues:
         queue.put(None)
     deadline = time.monotonic() + _CLOSE_SECONDS
-    for worker in parcels._workers:
+    for worker in iterator._workers:
         worker.join(timeout=max(0.0, deadline - time.monotonic()))
     with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler reports what is killed here
-        for worker in parcels._workers:
+        for worker in iterator._workers:
             if worker.is_alive():
                 worker.kill()
                 worker.join()
-    parcels._shutdown_workers()
+    iterator._shutdown_workers()

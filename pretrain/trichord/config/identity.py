@@ -27,9 +27,17 @@ MAY_CHANGE_ON_RESUME = (
     "run.max_steps",
     "run.resume",
     "shards.sources.*.weight",
+    "shards.sources.*.weight_schedule",
+    "shards.sources.*.shards",  # a copy elsewhere: the loader state knows the content, not the place
+    "shards.sources.*.filters.exclude",  # likewise
+    "shards.group_weights.**",
+    "shards.weights_by",
+    "shards.storage.**",
     "shards.max_bad_fraction",
     "shards.min_samples_for_bad_fraction",
+    "samples.audio.mel",
     "batches.micro_rows",
+    "batches.deal_ranks",
     "batches.num_workers",
     "batches.prefetch_steps",
     "layers.kernels",

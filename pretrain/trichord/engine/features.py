@@ -86,7 +86,10 @@ def _presence(modality: str, batch: PackedBatch) -> Tensor:
     if modality == "text":
         return (batch.text_spans[:, 1] > batch.text_spans[:, 0]) & ~batch.bad_segments
     segments = batch.image_segments if modality == "image" else batch.audio_segments
-    return torch.ones_like(segments, dtype=torch.bool)
+    # A document with several images is no pair with any one of them, and its slot can hold one feature only.
+    counts = torch.zeros(batch.num_segments, dtype=torch.int64, device=segments.device)
+    counts.index_add_(0, segments, torch.ones_like(segments))
+    return counts[segments] == 1
 
 
 def gradients_of_step(

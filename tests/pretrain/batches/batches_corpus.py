@@ -15,7 +15,7 @@ from trichord.batches.config import BatchesConfig
 from trichord.batches.loader import ItemLengths, Loader
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import train_tokenizer
-from trichord.samples.config import AudioConfig, ImageConfig, SamplesConfig, TextConfig
+from trichord.samples.config import AudioConfig, ImageConfig, SamplesConfig, TargetConfig, TextConfig
 from trichord.shards.config import ShardsConfig, SourceConfig
 
 WORDS = tuple("a red blue round small bird car tree house sings stands near the old new quiet loud river".split())  # noqa: SIM905
@@ -23,7 +23,8 @@ LENGTHS = ItemLengths(image=lambda width, height: (2, 3), audio=lambda samples: 
 SAMPLES = SamplesConfig(
     image=ImageConfig(size=8, resize="random_resized_crop", min_crop_frac=0.4, rotate_degrees=10),
     audio=AudioConfig(max_seconds=1.0, gain_db=3, noise_db=-30, speed_frac=0.1),
-    text=TextConfig(max_chars=400),
+    text=TextConfig(max_chars=600),
+    targets={"group": TargetConfig(key="group", kind="number")},
 )
 
 
@@ -72,16 +73,37 @@ def good_sample(rng, number: int) -> dict[str, bytes]:
     return sample
 
 
+def talk(rng, number: int) -> dict[str, bytes]:
+    """A chat or a document over two pictures and a clip."""
+    said = text_bytes(rng, 25 if number % 4 == 3 else 4).decode()
+    content = [
+        {"type": "image", "image": "1.png"},
+        {"type": "text", "text": said},
+        {"type": "audio"},
+        {"type": "image", "image": "0.jpg"},
+    ]
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": text_bytes(rng).decode()}]
+    messages = [{"role": "document", "content": content}] if number % 2 else chat
+    items = {"0.jpg": image_bytes(rng, "JPEG"), "1.png": image_bytes(rng), "2.wav": audio_bytes(rng)}
+    return {**items, "json": json.dumps({"messages": messages, "group": number}).encode()}
+
+
 def bad_samples(rng, canary: str) -> dict[str, dict[str, bytes]]:
     """By key: what is wrong. Keys starting with `late` turn out bad only when they are decoded."""
     good, text = image_bytes(rng), text_bytes(rng)
     return {
         "bad_text": {"png": good, "txt": b"caf\xe9"},
         "bad_meta": {"png": good, "txt": text, "json": b"{"},
-        "bad_long_text": {"txt": b"car " * 200},
+        "bad_long_text": {"txt": b"car " * 300},
         "bad_long_row": {"txt": b"car " * 70},
         "bad_long_audio": {"wav": audio_bytes(rng, 1.5), "txt": text},
         "bad_image_is_a_pickle": {"jpg": pickle.dumps(Canary(canary)), "txt": text},
+        "bad_chat_item": {"json": b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}'},
+        "bad_target": {"txt": text, "json": b'{"group": "seven"}'},
+        "late_chat": {
+            "json": b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            "0.png": break_png(good),
+        },
         "bad_blank": {"txt": b"  \n"},
         "bad_nothing": {"pkl": pickle.dumps(Canary(canary)), "pth": pickle.dumps(Canary(canary)), "json": b"{}"},
         "late_image": {"png": break_png(good), "txt": text},
@@ -149,13 +171,15 @@ def build_corpus(root: Path) -> Corpus:
     rng = np.random.default_rng(0)
     canary = root / "canary"
     many = [(f"s{number:04d}", good_sample(rng, number)) for number in range(85)]
+    for number in range(12):
+        many.insert(5 * number, (f"t{number:03d}", talk(rng, number)))
     for place, (key, members) in enumerate(bad_samples(rng, str(canary)).items()):
         many.insert(3 + 9 * place, (key, members))
     write_shards(root / "many", many, per_shard=20)
     few = [(f"f{number:03d}", good_sample(rng, 6 * number)) for number in range(13)]
     write_shards(root / "few", few, per_shard=5)
     train_tokenizer([" ".join(WORDS)], "word", 64, root / "tokenizer")
-    bad_keys = frozenset(key for key, _ in many if not key.startswith("s"))
+    bad_keys = frozenset(key for key, _ in many if key.startswith(("bad", "late")))
     return Corpus(root, str(root / "tokenizer"), canary, len(many), bad_keys, len(few))
 
 
@@ -177,6 +201,8 @@ def row_contents(batch: PackedBatch, row: int, row_tokens: int) -> dict[str, np.
         "cu_seqlens": np.array([c - start for c in batch.cu_seqlens.tolist() if start <= c <= start + row_tokens]),
         "text_spans": batch.text_spans.numpy()[segments] - start,
         "group_ids": batch.group_ids.numpy()[segments],
+        "targets": batch.targets.numpy()[segments],
+        "target_present": batch.target_present.numpy()[segments],
         "sample_ids": batch.sample_ids.numpy()[segments],
         "bad_segments": batch.bad_segments.numpy()[segments],
     }

@@ -1,49 +1,49 @@
 """Rows to arrays to batch, against values written out by hand; and the trip through shared memory."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from trichord.batches.collate import collate
-from trichord.batches.config import BatchesConfig
-from trichord.batches.interleave import plan_segment
-from trichord.batches.lane_reader import LaneStep
+from trichord.batches.decoding import DecodedRow
+from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import IGNORE_INDEX
-from trichord.batches.rows import DecodedItems, RowArrays, build_row
+from trichord.batches.rows import DecodedClip, RowArrays, RowFormat, build_row
 from trichord.batches.windows import PlannedSample, group_of
 from trichord.batches.workers import pack_parcel, unpack_parcel
-from trichord.shards.index import SampleEntry
 from trichord.shards.lanes import SampleRef
 
 X = IGNORE_INDEX
-TOKENIZER = SimpleNamespace(pad_id=0, bos_id=1, eos_id=2, image_id=4, audio_id=5)
-CONFIG = BatchesConfig(tokenizer="unused", row_tokens=10)
+FORM = RowFormat(row_tokens=10, image_size=2, pad_id=0, image_id=4, audio_id=5, target_columns=2, num_targets=1)
 
 
-def sample(number, grid=None, audio_tokens=None, text=None) -> PlannedSample:
-    layout = plan_segment(grid, audio_tokens, 0, None if text is None else len(text))
-    ids = np.array(text or [], dtype=np.int32)
+def sample(number, grid=None, audio_tokens=None, text=None, target=None) -> PlannedSample:
+    parts = [StreamPart.text([1])]
+    parts += [StreamPart.image(grid)] if grid else []
+    parts += [StreamPart.audio(audio_tokens)] if audio_tokens else []
+    parts += [StreamPart.text(text, learned=True, caption=True), StreamPart.text([2], learned=True)] if text else []
+    targets = np.array(target or [0, 0], dtype=np.float32)
+    present = np.array([target is not None])
     return PlannedSample(
-        SampleRef(0, 0, number), SampleEntry(f"k{number}", "x.tar"), layout, ids[:0], ids, 100 + number
+        SampleRef(0, 0, number), f"k{number}", "x.tar", tuple(parts), (), 100 + number, targets, present
     )
 
 
-def items(image=None, audio=None) -> DecodedItems:
-    pixels = None if image is None else np.full((3, 2, 2), image, np.uint8)
-    return DecodedItems(pixels, None if audio is None else np.arange(audio, dtype=np.int16))
+def picture(value):
+    return np.full((3, 2, 2), value, np.uint8)
+
+
+def clip(length):
+    return DecodedClip(length, waveform=np.arange(length, dtype=np.int16))
 
 
 def two_rows(bad_first=False) -> list[RowArrays]:
-    first = [sample(0, grid=(1, 2), text=[20]), sample(1, audio_tokens=2, text=[21])]
-    decoded = [None if bad_first else items(image=7), items(audio=5)]
+    first = [sample(0, grid=(1, 2), text=[20], target=[1, 0]), sample(1, audio_tokens=2, text=[21], target=[0, 1])]
+    decoded = [None if bad_first else [picture(7)], [clip(5)]]
     second = [sample(2, grid=(1, 1)), sample(3, text=[22, 23])]
-    return [
-        build_row(first, decoded, TOKENIZER, CONFIG, 2),
-        build_row(second, [items(image=9), items()], TOKENIZER, CONFIG, 2),
-    ]
+    return [build_row(first, decoded, FORM), build_row(second, [[picture(9)], []], FORM)]
 
 
 def test_batch_of_two_rows():
@@ -65,10 +65,12 @@ def test_batch_of_two_rows():
     assert batch.audio_segments.tolist() == [1]
     assert batch.audio_index.tolist() == [6, 7]
     assert batch.audio_offsets == (0, 5)
-    assert batch.text_spans.tolist() == [[3, 4], [8, 9], [12, 12], [13, 15]]
+    assert batch.text_spans.tolist() == [[3, 4], [8, 9], [11, 11], [13, 15]]
     assert batch.text_lengths == (1, 1, 0, 2)
     assert (batch.image_counts, batch.audio_counts) == ((2, 1), (2,))
     assert batch.group_ids.tolist() == [100, 101, 102, 103]
+    assert batch.targets.tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
+    assert batch.target_present.tolist() == [[True], [True], [False], [False]]
     assert batch.sample_ids[:, 2].tolist() == [0, 1, 2, 3]
     assert (batch.num_segments, batch.num_labels, batch.max_seqlen, batch.useful_tokens) == (4, 7, 5, 16)
 
@@ -81,6 +83,7 @@ def test_bad_sample_becomes_slack_and_nothing_else_moves():
     assert bad.input_ids[:5].tolist() == [0] * 5
     assert (bad.labels[:5] == X).all()
     assert bad.text_lengths[0] == 0
+    assert bad.target_present.tolist() == [[False], [True], [False], [False]]
     assert bad.num_segments == good.num_segments
     assert bad.num_images == good.num_images - 1
     for name in ("input_ids", "labels", "segment_ids", "span_kind", "span_ends"):
@@ -92,7 +95,7 @@ def test_bad_sample_becomes_slack_and_nothing_else_moves():
 
 
 def test_empty_rows_are_slack_no_longer_than_a_row():
-    empty = build_row([], [], TOKENIZER, CONFIG, 2)
+    empty = build_row([], [], FORM)
     batch = collate([empty, empty, empty])
     batch.check()
     assert batch.cu_seqlens.tolist() == [0, 10, 20, 30]
@@ -109,14 +112,15 @@ def test_dtypes_are_those_promised():
         **dict.fromkeys(("image_segments", "audio_segments", "group_ids", "sample_ids"), torch.int64),
         **dict.fromkeys(("segment_ids", "cu_seqlens", "span_ends", "image_spans", "audio_spans"), torch.int32),
         **{"text_spans": torch.int32, "position_ids": torch.float32, "span_kind": torch.int8},
+        **{"targets": torch.float32, "target_present": torch.bool, "log_mels": torch.float32},
         **{"pixels": torch.uint8, "waveforms": torch.int16, "bad_segments": torch.bool},
     }
     assert {name: getattr(batch, name).dtype for name in expected} == expected
-    empty = collate([build_row([], [], TOKENIZER, CONFIG, 2)])
+    empty = collate([build_row([], [], FORM)])
     assert {name: getattr(empty, name).dtype for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["labels", "pixels", "audio_index", "group_ids", "label_index"])
+@pytest.mark.parametrize("name", ["labels", "pixels", "audio_index", "group_ids", "label_index", "targets"])
 def test_check_names_both_numbers_of_a_batch_that_disagrees(name):
     batch = collate(two_rows())
     broken = dataclasses.replace(batch, **{name: getattr(batch, name)[:-1]})
@@ -125,13 +129,23 @@ def test_check_names_both_numbers_of_a_batch_that_disagrees(name):
         broken.check()
 
 
-def test_parcel_carries_rows_unchanged():
-    steps = [LaneStep(lane, row, None, ()) for lane, row in enumerate([*two_rows(), *two_rows(bad_first=True)])]
-    steps.append(LaneStep(9, build_row([], [], TOKENIZER, CONFIG, 2), None, ()))
-    for sent, got in zip(steps, unpack_parcel(pack_parcel(steps)), strict=True):
-        assert got.lane == sent.lane
+def test_log_mel_of_workers_takes_the_place_of_waveforms():
+    form = dataclasses.replace(FORM, num_mels=3)
+    frames = np.arange(6, dtype=np.float32).reshape(2, 3)
+    heard = build_row([sample(1, audio_tokens=2, text=[21])], [[DecodedClip(5, log_mel=frames)]], form)
+    batch = collate([heard, build_row([], [], form), heard])
+    batch.check()
+    assert batch.log_mels.tolist() == [*frames.tolist(), *frames.tolist()]
+    assert (batch.mel_offsets, batch.audio_offsets) == ((0, 2, 4), (0, 5, 10))
+    assert batch.waveforms.shape == (0,)
+
+
+def test_parcel_carries_a_row_unchanged():
+    for arrays in [*two_rows(), *two_rows(bad_first=True), build_row([], [], FORM)]:
+        got = unpack_parcel(pack_parcel(DecodedRow(arrays, ("told",))))
+        assert got.bad == ("told",)
         for field in dataclasses.fields(RowArrays):
-            expected, array = getattr(sent.row, field.name), getattr(got.row, field.name)
+            expected, array = getattr(arrays, field.name), getattr(got.arrays, field.name)
             assert array.dtype == expected.dtype
             np.testing.assert_array_equal(array, expected)
 

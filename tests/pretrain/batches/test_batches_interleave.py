@@ -1,25 +1,27 @@
 """The order, labels, positions and spans of a segment, against values written out by hand."""
 
 import numpy as np
-import pytest
 
-from trichord.batches.interleave import fill_segment, plan_segment, segment_positions
+from trichord.batches.config import BatchesConfig
+from trichord.batches.drafts import DraftPart, draft_parts
+from trichord.batches.interleave import StreamPart, caption_span, fill_segment, segment_length, segment_positions
 from trichord.batches.packed_batch import IGNORE_INDEX, SPAN_AUDIO, SPAN_IMAGE, SPAN_TEXT
+from trichord.samples.interleaved import Item, Turn
+from trichord.samples.sample import SampleContent
+from trichord.shards.members import MemberRef
 
-IDS = {"bos_id": 1, "eos_id": 2, "image_id": 4, "audio_id": 5}
+IDS = {"image_id": 4, "audio_id": 5}
+BOS, EOS = StreamPart.text([1]), StreamPart.text([2], learned=True)
 X = IGNORE_INDEX
 
 
+def caption(*ids):
+    return StreamPart.text(ids, learned=True, caption=True)
+
+
 def test_full_segment():
-    layout = plan_segment((2, 3), 2, 1, 2)
-    assert (layout.image, layout.audio, layout.prompt, layout.text, layout.length) == (
-        (1, 7),
-        (7, 9),
-        (9, 10),
-        (10, 12),
-        13,
-    )
-    segment = fill_segment(layout, [20], [21, 22], **IDS)
+    parts = [BOS, StreamPart.image((2, 3)), StreamPart.audio(2), StreamPart.text([20]), caption(21, 22), EOS]
+    segment = fill_segment(parts, **IDS)
     assert segment.input_ids.tolist() == [1, 4, 4, 4, 4, 4, 4, 5, 5, 20, 21, 22, 2]
     assert segment.labels.tolist() == [X, X, X, X, X, X, X, X, X, 21, 22, 2, X]
     assert segment.span_kind.tolist() == [SPAN_TEXT] + [SPAN_IMAGE] * 6 + [SPAN_AUDIO] * 2 + [SPAN_TEXT] * 4
@@ -29,40 +31,89 @@ def test_full_segment():
         [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7, 8, 9],
         [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9],
     ]
+    assert caption_span(parts) == (10, 12)
 
 
-def test_prompt_is_learned_only_when_asked():
-    layout = plan_segment(None, None, 2, 1)
-    labels = fill_segment(layout, [20, 21], [30], **IDS, label_prompt=True).labels
-    assert labels.tolist() == [20, 21, 30, 2, X]
+def test_two_images_with_text_between_them():
+    parts = [BOS, StreamPart.image((1, 2)), StreamPart.text([30], learned=True), StreamPart.image((2, 1)), EOS]
+    segment = fill_segment(parts, **IDS)
+    assert segment.input_ids.tolist() == [1, 4, 4, 30, 4, 4, 2]
+    assert segment.labels.tolist() == [X, X, 30, X, X, 2, X]
+    assert segment.span_ends.tolist() == [1, 3, 3, 4, 6, 6, 7]
+    assert segment.positions.tolist() == [[0, 1, 1, 3, 4, 4, 6], [0, 1, 1, 3, 4, 5, 6], [0, 1, 2, 3, 4, 4, 6]]
+    assert caption_span(parts) == (1, 1)
 
 
-def test_sample_without_text_has_no_end_and_no_labels():
-    layout = plan_segment((1, 2), None, 0, None)
-    segment = fill_segment(layout, [], [], **IDS)
+def test_sample_without_text_has_no_labels():
+    segment = fill_segment([BOS, StreamPart.image((1, 2))], **IDS)
     assert segment.input_ids.tolist() == [1, 4, 4]
     assert (segment.labels == X).all()
 
 
 def test_text_alone_has_equal_axes_that_count_up():
-    positions = segment_positions(plan_segment(None, None, 0, 5))
+    positions = segment_positions([BOS, caption(*range(10, 15)), EOS])
     np.testing.assert_array_equal(positions, np.tile(np.arange(7, dtype=np.float32), (3, 1)))
 
 
 def test_towers_only_image_takes_no_room():
-    layout = plan_segment((0, 0), 0, 0, 3)
-    assert (layout.image, layout.audio, layout.length) == ((1, 1), (1, 1), 5)
-    np.testing.assert_array_equal(segment_positions(layout)[0], np.arange(5))
+    parts = [BOS, StreamPart.image((0, 0)), StreamPart.audio(0), caption(7, 8, 9), EOS]
+    assert segment_length(parts) == 5
+    np.testing.assert_array_equal(segment_positions(parts)[0], np.arange(5))
 
 
 def test_labels_are_the_next_input_ids():
-    layout = plan_segment((3, 2), 4, 3, 6)
-    segment = fill_segment(layout, [7, 8, 9], range(10, 16), **IDS, label_prompt=True)
+    learned = StreamPart.text([7, 8, 9], learned=True)
+    segment = fill_segment([BOS, StreamPart.image((3, 2)), StreamPart.audio(4), learned, caption(1, 3), EOS], **IDS)
     at = np.flatnonzero(segment.labels != X)
     np.testing.assert_array_equal(segment.labels[at], segment.input_ids[at + 1])
-    assert len(at) == 3 + 6 + 1
+    assert len(at) == 3 + 2 + 1
 
 
-def test_ids_that_differ_from_the_plan_are_refused():
-    with pytest.raises(ValueError, match="planned for 2 text tokens, got 3"):
-        fill_segment(plan_segment(None, None, 0, 2), [], [1, 2, 3], **IDS)
+CONFIG = BatchesConfig(tokenizer="unused")
+PICTURE = Item("image", MemberRef("0.jpg", "k.0.jpg", 0, 9), (8, 8))
+
+
+def test_fields_become_items_prompt_caption_and_end():
+    content = SampleContent((PICTURE,), "a heron", None, {"prompt": "describe"})
+    assert draft_parts(content, CONFIG) == [
+        DraftPart(item=PICTURE),
+        DraftPart("describe"),
+        DraftPart("a heron", learned=True, caption=True, ends=True),
+    ]
+    learning = CONFIG.model_copy(update={"label_prompt": True})
+    assert draft_parts(content, learning)[1] == DraftPart("describe", learned=True)
+    assert draft_parts(SampleContent((PICTURE,), None, None), CONFIG) == [DraftPart(item=PICTURE)]
+
+
+def test_chat_learns_what_the_assistant_says_and_where_it_ends():
+    turns = (
+        Turn("system", ("Be brief.",)),
+        Turn("user", (PICTURE, "Who?")),
+        Turn("assistant", ("A heron.",)),
+        Turn("user", ("Sure?",)),
+        Turn("assistant", ("Yes.",)),
+    )
+    assert draft_parts(SampleContent((PICTURE,), None, turns), CONFIG) == [
+        DraftPart("Be brief."),
+        DraftPart("\nUser: "),
+        DraftPart(item=PICTURE),
+        DraftPart("Who?"),
+        DraftPart("\nAssistant: "),
+        DraftPart("A heron.", learned=True),
+        DraftPart(learned=True, ends=True),
+        DraftPart("\nUser: "),
+        DraftPart("Sure?"),
+        DraftPart("\nAssistant: "),
+        DraftPart("Yes.", learned=True),
+        DraftPart(learned=True, ends=True),
+    ]
+
+
+def test_document_is_learned_whole():
+    content = SampleContent((PICTURE,), None, (Turn("document", ("Herons", PICTURE, "wade.")),))
+    assert draft_parts(content, CONFIG) == [
+        DraftPart("Herons", learned=True),
+        DraftPart(item=PICTURE),
+        DraftPart("wade.", learned=True),
+        DraftPart(learned=True, ends=True),
+    ]

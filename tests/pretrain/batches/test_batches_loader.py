@@ -71,10 +71,13 @@ def test_reasons_say_what_is_wrong(epochs):
     for key, words in {
         "bad_text": "UTF-8",
         "bad_meta": "not JSON",
-        "bad_long_text": "allows 400",
+        "bad_long_text": "allows 600",
         "bad_long_row": "longer than a row: 72 tokens, batches.row_tokens 64",
         "bad_long_audio": "1.50 s long",
         "bad_image_is_a_pickle": "not an image",
+        "bad_chat_item": "no further image",
+        "bad_target": "target group: `group` must be a finite float32 number, got 'seven'",
+        "late_chat": "cannot be decoded",
         "bad_blank": "blank",
         "bad_nothing": "none of audio, image, text",
         "late_image": "cannot be decoded",
@@ -91,7 +94,7 @@ def test_late_ones_keep_their_slot_and_the_others_are_left_out(corpus, epochs):
         for (source, _, number), bad in zip(batch.sample_ids.tolist(), batch.bad_segments.tolist()):
             if bad:
                 slots[tables[source].entry(number).key] += 1
-    assert slots == {"late_image": EPOCHS, "late_audio": EPOCHS}
+    assert slots == {"late_image": EPOCHS, "late_audio": EPOCHS, "late_chat": EPOCHS}
 
 
 def test_pickles_are_never_loaded(corpus, epochs, tmp_path):
@@ -216,7 +219,7 @@ def test_state_of_another_packing_is_refused(corpus, change, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda fields: fields | {"version": 99}, "version 99, this Trichord reads 1"),
+        (lambda fields: fields | {"version": 99}, "version 99, this Trichord reads 2"),
         (lambda fields: {k: v for k, v in fields.items() if k != "lanes"}, "damaged"),
         (lambda fields: fields | {"lanes": {"0": {"row": 1}}}, "damaged"),
     ],
@@ -245,14 +248,14 @@ def test_quarantine_digest_follows_what_was_left_out(corpus, epochs):
 def test_storage_fault_surfaces_as_data_error_with_shard_and_key(corpus, monkeypatch, num_workers):
     from trichord.samples import sample as sample_module
 
-    real = sample_module.read_member
+    real = sample_module.read_ref
 
-    def failing(entry, field, max_bytes):
-        if field == "image":
-            raise DataError(f"reading member {entry.members[field].name!r} of shard {entry.shard}: failed 6 times")
-        return real(entry, field, max_bytes)
+    def failing(shard, ref, max_bytes):
+        if ref.ext in ("png", "jpg"):
+            raise DataError(f"reading member {ref.name!r} of shard {shard}: failed 6 times")
+        return real(shard, ref, max_bytes)
 
-    monkeypatch.setattr(sample_module, "read_member", failing)
+    monkeypatch.setattr(sample_module, "read_ref", failing)
     message = r"^reading member '[sf]\d+\.(png|jpg)' of shard .*/part-\d+\.tar: failed 6 times$"
     with closing(corpus.loader(num_workers=num_workers)) as loader, pytest.raises(DataError, match=message):
         list(itertools.islice(loader, 20))
@@ -263,7 +266,7 @@ def test_fault_in_the_code_keeps_its_trace_and_names_the_sample(corpus, monkeypa
     from trichord.samples import sample as sample_module
 
     monkeypatch.setattr(sample_module, "decode_image", lambda *args: 1 // 0)
-    message = r"(?s)decoding sample '[sf]\d+' of shard .*part-\d+\.tar.*ZeroDivision"
+    message = r"(?s)decoding member '[sf]\d+\.\w+' of shard .*part-\d+\.tar.*ZeroDivision"
     with closing(corpus.loader(num_workers=num_workers)) as loader, pytest.raises(RuntimeError, match=message):
         list(itertools.islice(loader, 20))
 
