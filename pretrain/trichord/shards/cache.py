@@ -186,8 +186,7 @@ def _files(root: Path) -> list[tuple[float, int, str]]:
 
 def _header(data: bytes) -> bytes:
     sums = b"".join(_CHECKSUM.pack(zlib.crc32(data[start : start + _CHUNK])) for start in range(0, len(data), _CHUNK))
-    start = _MAGIC + _LENGTH.pack(len(data)) + sums
-    return start + _CHECKSUM.pack(zlib.crc32(start))
+    return _MAGIC + _LENGTH.pack(len(data)) + sums
 
 
 def _read_checked(descriptor: int, start: int, end: int) -> bytes | None:
@@ -196,12 +195,10 @@ def _read_checked(descriptor: int, start: int, end: int) -> bytes | None:
         return None
     (length,) = _LENGTH.unpack_from(prefix, len(_MAGIC))
     chunks = -(-length // _CHUNK)
-    header_bytes = len(prefix) + _CHECKSUM.size * (chunks + 1)
+    header_bytes = len(prefix) + _CHECKSUM.size * chunks
     if os.fstat(descriptor).st_size != header_bytes + length or end > length:
         return None
-    header = os.pread(descriptor, header_bytes, 0)
-    if zlib.crc32(header[: -_CHECKSUM.size]) != _CHECKSUM.unpack_from(header, header_bytes - _CHECKSUM.size)[0]:
-        return None
+    header = os.pread(descriptor, header_bytes, 0)  # not summed itself: a wrong sum in it fits no chunk
     first, last = start // _CHUNK, -(-end // _CHUNK)
     data = os.pread(descriptor, min(last * _CHUNK, length) - first * _CHUNK, header_bytes + first * _CHUNK)
     view = memoryview(data)

@@ -76,6 +76,7 @@ class FaultServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go out in two writes
     server: FaultServer
 
     def log_message(self, *_):
@@ -139,7 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         first, last, total = (int(word) for word in re.findall(r"\d+", headers.get("Content-Range", "0-0/0")))
         if fault == "wrong Content-Range":
             headers["Content-Range"] = f"bytes {first + 512}-{last + 512}/{total}"
+            body = body[::-1]
         elif fault == "no Content-Range":
+            body = body[::-1]
             headers.pop("Content-Range", None)
         elif fault == "range ignored":
             status, body = 200, b"x" * total

@@ -135,6 +135,34 @@ def test_kill_9_in_the_middle_of_writes_leaves_nothing_broken(tmp_path, caplog):
     assert "damaged" not in caplog.text
 
 
+_DIES_HALFWAY = """
+import io, os, signal, sys
+from trichord.shards import cache
+
+class Half(io.FileIO):
+    def write(self, data):
+        if len(data) > 100_000:
+            super().write(data[:70_000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(data)
+
+cache.os.fdopen = lambda handle, mode: Half(handle, mode)
+cache.BlockCache(sys.argv[1], 10**9).write("ab01", b"x" * 200_000)
+"""
+
+
+def test_a_block_half_written_by_a_killed_process_is_never_seen(tmp_path, caplog):
+    done = subprocess.run([sys.executable, "-c", _DIES_HALFWAY, str(tmp_path)])
+    assert done.returncode == -signal.SIGKILL
+    blocks = BlockCache(str(tmp_path), 10**9)
+    assert [path.stat().st_size for path in (tmp_path / "blocks" / "ab").iterdir()] == [70_032]
+    assert not blocks.has("ab01")
+    assert blocks.read("ab01", 0, 10) is None
+    assert not caplog.records, "nothing to tell"
+    blocks.write("ab01", b"y" * 200_000)
+    assert blocks.read("ab01", 150_000, 150_010) == b"y" * 10
+
+
 def test_a_full_disk_is_told_once_and_tried_again_later(tmp_path, monkeypatch, caplog):
     blocks = BlockCache(str(tmp_path), 10**8)
 

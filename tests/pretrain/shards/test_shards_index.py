@@ -388,3 +388,27 @@ def test_a_sample_of_too_many_members_has_no_siblings(write_tar):
     assert len(load_index(path).entry(0).siblings) == 9
     entry = load_index(path).entry(0, max_members=8)
     assert (entry.siblings, entry.problem) == ({}, "9 members, more than shards.max_members_per_sample 8")
+
+
+def test_a_right_idx_of_wds2idx_stays_and_a_wrong_one_is_replaced(write_tar):
+    """DALI's tool writes `.idx` only; on a tar with PAX headers its offsets are wrong."""
+    path = write_tar([("0.txt", b"one"), ("1.txt", b"three")], format=tarfile.USTAR_FORMAT)
+    idx = Path(path).with_suffix(".idx")
+    idx.write_text("v1.2 2\ntxt 512 3 0.txt\ntxt 1536 5 1.txt\n")
+    before = os.stat(idx)
+    assert load_index(path).entry(1).text_chars == 5
+    assert (os.stat(idx).st_ino, os.stat(idx).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    Path(path).with_suffix(".len").unlink()
+    idx.write_text("v1.2 2\ntxt 1024 3 0.txt\ntxt 2048 5 1.txt\n")
+    assert load_index(path).entry(1).members["text"].offset == 1536
+    assert idx.read_text() == "v1.2 2\ntxt 512 3 0.txt\ntxt 1536 5 1.txt\n"
+
+
+def test_the_layout_of_img2dataset(write_tar, png):
+    meta = json.dumps({"key": "000000001", "caption": "a cat", "status": "success"}).encode()
+    path = write_tar(
+        [("000000001.jpg", png(9, 7, "JPEG")), ("000000001.txt", b"a cat"), ("000000001.json", meta)], "00000.tar"
+    )
+    Path(path).with_name("00000_stats.json").write_text("{}")
+    entry = load_index(path).entry(0)
+    assert (entry.key, list(entry.members), entry.image_size) == ("000000001", ["image", "text", "meta"], (9, 7))

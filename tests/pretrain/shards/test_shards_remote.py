@@ -289,7 +289,7 @@ def test_without_a_working_cache_the_run_goes_on_and_says_so_once(web, shard, tm
     assert len(web.log) <= 2 * (len(data) // 2**14 + 1), "the last blocks are kept in memory"
 
 
-@pytest.mark.parametrize("kind", ["http", "s3"])
+@pytest.mark.parametrize("kind", ["http", pytest.param("s3", marks=pytest.mark.slow)])
 def test_forked_workers_read_while_the_parent_reads(request, shard, kind):
     """The parent has an event loop, connections and a read-ahead in flight when it forks."""
     server = request.getfixturevalue("web" if kind == "http" else "s3")
