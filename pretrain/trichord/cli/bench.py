@@ -1,6 +1,8 @@
 """`trichord bench`: what this machine reaches, against a stated baseline."""
 
+import tempfile
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +33,47 @@ def bench_kernels(
     rows = _static_rows(archs) if static else _timed_rows(device)
     write_json(json_file, rows)
     return EXIT_UNEXPECTED if any(row.get("failures") for row in rows) else EXIT_DONE
+
+
+@bench_app.command("data")
+def bench_data(
+    workers: Annotated[str, typer.Option(help="Numbers of worker processes to compare.")] = "1,2",
+    rounds: Annotated[int, typer.Option(min=1, help="Alternated rounds; figures are their medians.")] = 5,
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 32 samples that a measurement times.")] = 16,
+    samples: Annotated[int, typer.Option(min=64, help="Samples to make; 0.4 MB each.")] = 512,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Keep the shards here, or use those of an earlier run; default: a temporary one."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Time the loader against plain webdataset on images, speech and captions, and say what of it is decoding."""
+    try:
+        counts = tuple(sorted({int(count) for count in workers.split(",")}))
+    except ValueError:
+        counts = ()
+    if not counts or counts[0] < 1:
+        raise ConfigError(f"--workers: expected numbers such as 1,2, got {workers!r}")
+    from trichord.benchmarks.data import bench_data as run_bench
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run_bench(folder or Path(temporary), counts, rounds, batches, samples, say)
+    print_rows(result["rows"])
+    print()
+    print_rows([{name: row[name] for name in ("pipeline", "peak PSS MiB", "growth MiB")} for row in result["memory"]])
+    print()
+    print_rows([_target_row(target) for target in result["targets"]])
+    write_json(json_file, result)
+    return EXIT_DONE
+
+
+def _target_row(target: dict) -> dict:
+    sign = "at most" if target["at_most"] else "at least"
+    verdict = "met" if target["met"] else "MISSED"
+    return {"target": target["what"], "measured": target["value"], "asked": f"{sign} {target['bar']:.3g}", "": verdict}
 
 
 def _timed_rows(device: Device) -> list[dict]:

@@ -7,6 +7,7 @@ eighth of the size, inside the inverse transform, which is both faster and a goo
 from __future__ import annotations
 
 import io
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ MAX_SCANS = 200
 _EXIF_ORIENTATION = 0x0112
 _SMALLEST_FACTOR = 8
 _APP1, _SOS = 0xE1, 0xDA
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_SCAN_START = re.compile(b"\xff\xda")
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})  # without a length behind them
 
 
@@ -42,9 +45,11 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if data.count(b"\xff\xda") > MAX_SCANS:
+    may_be_turned, progressive = _walk_segments(data)
+    if progressive and len(_SCAN_START.findall(data)) > MAX_SCANS:
         raise ValueError(f"more than {MAX_SCANS} scans")
-    return JpegHeader(int(width), int(height), _orientation(data), "cmyk" if colour in ("CMYK", "YCCK") else "rgb")
+    orientation = _orientation(data) if may_be_turned else 1
+    return JpegHeader(int(width), int(height), orientation, "cmyk" if colour in ("CMYK", "YCCK") else "rgb")
 
 
 def shrink_factor(side: float, wanted: int) -> int:
@@ -81,27 +86,26 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(data: bytes) -> int:
-    """Pillow's answer, EXIF first and XMP second, asked for only where a segment could hold either."""
-    if not _has_app1(data):
-        return 1
+    """Pillow's answer: EXIF's, else XMP's."""
     orientation = Image.open(io.BytesIO(data), formats=("JPEG",)).getexif().get(_EXIF_ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
-def _has_app1(data: bytes) -> bool:
-    position = 2
+def _walk_segments(data: bytes) -> tuple[bool, bool]:
+    """Whether a segment before the picture could hold an orientation, and whether the picture has many scans."""
+    position, may_be_turned, progressive = 2, False, False
     while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            return True  # no chain of segments: let Pillow look
         marker = data[position + 1]
-        if marker == _APP1:
-            return True
+        if data[position] != 0xFF:
+            return True, True  # no chain of segments: suppose both
         if marker == _SOS:
-            return False
+            break
+        may_be_turned |= marker == _APP1
+        progressive |= marker in _PROGRESSIVE
         if marker == 0xFF:  # fill byte
             position += 1
         elif marker in _BARE_MARKERS:
             position += 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
+    return may_be_turned, progressive

@@ -1,0 +1,1 @@
+"""What this machine reaches, measured against a stated baseline in the same run."""
