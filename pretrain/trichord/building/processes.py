@@ -7,7 +7,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from trichord.core.errors import DataError
@@ -63,29 +65,40 @@ def enter_worker(parent_pid: int) -> None:
 
 
 def _run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """Joins the cluster at $RAY_ADDRESS or that of the caller, else starts one of `workers` CPUs here and stops it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-    elif started:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    try:
+    with _ray_cluster(workers) as ray:
         remote: Any = ray.remote(function)
         ahead = _RAY_TASKS_AHEAD * max(workers, int(ray.cluster_resources().get("CPU", 1)))
         waiting = list(tasks)[::-1]
         running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < ahead:
-                running.append(remote.remote(waiting.pop()))
-            done, running = ray.wait(running)
-            yield from ray.get(done)
-    except ray.exceptions.RayError as error:
-        raise DataError(
-            f"Ray gave up on a shard: {error}; run the same command again: finished shards are kept"
-        ) from error
-    finally:
-        if started:
+        try:
+            while waiting or running:
+                while waiting and len(running) < ahead:
+                    running.append(remote.remote(waiting.pop()))
+                done, running = ray.wait(running)
+                yield from ray.get(done)
+        except ray.exceptions.RayError as error:
+            raise DataError(
+                f"Ray gave up on a shard: {error}; run the same command again: finished shards are kept"
+            ) from error
+
+
+@contextmanager
+def _ray_cluster(workers: int) -> Iterator[Any]:
+    """The cluster of the caller or at $RAY_ADDRESS; else one of `workers` CPUs here that is stopped after it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own = "RAY_ADDRESS" not in os.environ
+    if own:  # read when ray is imported: only then does a cluster on one machine keep to the loopback address
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    # its sockets lie there, whose paths may have 107 characters: $TMPDIR may be too long
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as logs:
+        try:
+            options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": logs} if own else {}
+            ray.init(log_to_driver=False, **options)
+            yield ray
+        finally:
             ray.shutdown()

@@ -1,5 +1,7 @@
 """The same shards from tasks of a real Ray, started here and stopped again."""
 
+import ast
+import os
 import subprocess
 import sys
 import time
@@ -47,6 +49,48 @@ def test_a_bad_sample_in_a_ray_task_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 3
     assert "otter/c.jpg: not an image" in done.stderr
+
+
+LISTENING = """
+import glob, os, re
+from trichord.building.processes import run_tasks
+
+def listening():
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{table}").read().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":
+                sockets[words[9]] = words[1].split(":")[0]
+    for folder in glob.glob("/proc/[0-9]*"):
+        try:
+            if os.environ["MARK"] in open(folder + "/environ").read():
+                links = [os.readlink(file) for file in glob.glob(folder + "/fd/*")]
+                found = [re.match(r"socket:.(\\d+)", link) for link in links]
+                yield from (sockets[match[1]] for match in found if match and match[1] in sockets)
+        except OSError:
+            pass
+
+results = run_tasks(os.path.basename, ["x/a", "x/b", "x/c"], 2, ray=True)
+first = next(results)
+print(sorted(set(listening())), sorted([first, *results]))
+"""
+
+
+def test_a_cluster_started_here_listens_on_the_loopback_address(monkeypatch):
+    before = {*Path("/tmp").glob("ray-*")}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    environment = {**os.environ, "MARK": "mark-of-this-test"}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    addresses = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    found, results = ast.literal_eval(done.stdout.strip().replace("] [", "], ["))
+    assert found
+    assert set(found) <= addresses
+    assert results == ["a", "b", "c"]
+    assert {*Path("/tmp").glob("ray-*")} <= before, "its logs go with it"
 
 
 def _ray_processes() -> set[int]:
