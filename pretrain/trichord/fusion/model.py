@@ -154,6 +154,9 @@ class Trichord(nn.Module):
     def _run_audio(self, batch: PackedBatch) -> _Features | None:
         if self.audio is None:
             return None
+        if batch.log_mels.shape[0]:  # computed by the workers, for every clip
+            tokens = self.audio(batch.waveforms, batch.audio_offsets, batch.log_mels, batch.mel_offsets)
+            return _Features(tokens, self.audio.count_mel_tokens(batch.mel_offsets), batch.num_audios)
         if batch.num_audios:
             waveforms, offsets = batch.waveforms, list(batch.audio_offsets)
         else:

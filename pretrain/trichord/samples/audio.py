@@ -143,13 +143,3 @@ def _read(
         return read_sound_file(member, lambda *header: (start, count), flac.frames, crop=count < flac.frames)
     crop = indexed is not None and indexed[0] > config.max_seconds * indexed[1]
     return read_sound_file(member, choose, indexed[0] if indexed else None, crop)
-
-
-def resampled_length(frames: int, rate: int, target_rate: int) -> int:
-    """ceil(frames * target_rate / rate)."""
-    return -(-frames * target_rate // rate)
-
-
-def check_duration(frames: int, rate: int, config: AudioConfig) -> None:
-    """Raises BadSample when a clip cannot be used."""
-    clip_samples(frames, rate, config)
