@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from trichord.batches.collate import collate
-from trichord.batches.config import BatchesConfig
-from trichord.batches.interleave import plan_segment
+from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import PackedBatch
-from trichord.batches.rows import DecodedItems, RowArrays, build_row
+from trichord.batches.rows import DecodedClip, RowArrays, RowFormat, build_row
 from trichord.batches.windows import PlannedSample
 from trichord.encoders.config import EncodersConfig
 from trichord.encoders.lengths import audio_tokens, image_grid
@@ -28,6 +27,7 @@ from trichord.fusion.model import Trichord, build_model
 from trichord.layers.config import LayersConfig
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
+from trichord.shards.lanes import SampleRef
 
 ROWS = 8
 ROW_TOKENS = 48
@@ -83,28 +83,31 @@ def make_row(row: int, step: int) -> RowArrays:
     planned, decoded = [], []
     for _ in range(1 + (row + step) % 2):
         text = rng.integers(5, VOCAB, size=rng.integers(1, 5)).astype(np.int32)
-        pixels = waveform = grid = clip = None
+        parts, items = [StreamPart.text([Ids.bos_id])], []
         if row % 2 == 0:
-            pixels = rng.integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-            grid = image_grid(ENCODERS.vision, IMAGE_SIZE)
+            parts.append(StreamPart.image(image_grid(ENCODERS.vision, IMAGE_SIZE)))
+            items.append(rng.integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8))
         if row % 2 == 1 or (row == 2 and step % 2 == 1):
             waveform = rng.integers(-9000, 9000, size=rng.integers(800, 2000)).astype(np.int16)
-            clip = audio_tokens(ENCODERS.audio, len(waveform))
-        layout = plan_segment(grid, clip, 0, len(text))
-        empty = np.zeros(0, dtype=np.int32)
-        planned.append(PlannedSample((0, 0, row), None, layout, empty, text, int(rng.integers(3))))
-        decoded.append(DecodedItems(pixels, waveform))
-    return build_row(planned, decoded, Ids, BATCHES, IMAGE_SIZE)
+            parts.append(StreamPart.audio(audio_tokens(ENCODERS.audio, len(waveform))))
+            items.append(DecodedClip(len(waveform), waveform=waveform))
+        parts.append(StreamPart.text(text, learned=True, caption=True))
+        parts.append(StreamPart.text([Ids.eos_id], learned=True))
+        nothing = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=bool)
+        group = int(rng.integers(3))
+        planned.append(PlannedSample(SampleRef(0, 0, row), "key", "x.tar", tuple(parts), (), group, *nothing))
+        decoded.append(items)
+    return build_row(planned, decoded, FORM)
 
 
-BATCHES = BatchesConfig(tokenizer="none", rows_per_step=ROWS, row_tokens=ROW_TOKENS, max_samples_per_row=MAX_SAMPLES)
+FORM = RowFormat(ROW_TOKENS, IMAGE_SIZE, Ids.pad_id, Ids.image_id, Ids.audio_id)
 
 
 def micro_batches(step: int, rank: int, world_size: int, micro_rows: int) -> list[PackedBatch]:
     """The rank's rows of global batch `step`: row r goes to rank r % world_size."""
     own = list(range(rank, ROWS, world_size))
     count = math.ceil(ROWS / (world_size * micro_rows))
-    empty = build_row([], [], Ids, BATCHES, IMAGE_SIZE)
+    empty = build_row([], [], FORM)
     rows = [make_row(row, step) for row in own] + [empty] * (count * micro_rows - len(own))
     return [collate(rows[i : i + micro_rows]) for i in range(0, count * micro_rows, micro_rows)]
 

@@ -54,7 +54,7 @@ MAY_NOT_CHANGE = [
     ("run.seed", 5, "run.seed: 0 in the run, 5 now"),
     ("run.init_from", "w", 'run.init_from: not set in the run, "w" now'),
     ("shards.window_samples", 99, "shards.window_samples: 16 in the run, 99 now"),
-    ("shards.sources.pairs.shards", "b.tar", "shards.sources.pairs.shards: "),
+    ("shards.sources.pairs.epochs", "3", "shards.sources.pairs.epochs: "),
     ("samples.image.size", 64, "samples.image.size: 32 in the run, 64 now"),
     ("batches.rows_per_step", 8, "batches.rows_per_step: 4 in the run, 8 now"),
     ("batches.row_tokens", 512, "batches.row_tokens: 256 in the run, 512 now"),

@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_trichord import Item, tiny_batch
+from tiny_trichord import Item, tiny_batch, tiny_parts
 
-from trichord.batches.interleave import fill_segment, plan_segment
+from trichord.batches.interleave import fill_segment
 from trichord.fusion.prompt import expand_items, image_blocks, pad_left, prefill_mask, prompt_positions
 
-IDS = {"bos_id": 1, "eos_id": 2, "image_id": 4, "audio_id": 5}
+IDS = {"image_id": 4, "audio_id": 5}
 LAYOUTS = [((2, 3), 4, 2, 3), ((3, 2), None, 0, None), (None, 5, 1, 2), (None, None, 0, 4), ((1, 1), None, 3, 1)]
 
 
 @pytest.mark.parametrize(("grid", "audio", "prompt", "text"), LAYOUTS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_are_those_of_training(grid, audio, prompt, text, side):
-    layout = plan_segment(grid, audio, prompt, text)
-    arrays = fill_segment(layout, [9] * prompt, [9] * (text or 0), **IDS)
+    arrays = fill_segment(tiny_parts(grid, audio, [9] * prompt, None if text is None else [9] * text), **IDS)
     row, padding = torch.from_numpy(arrays.input_ids), torch.zeros(3, dtype=torch.int64)
     pieces = (padding, row) if side == "left" else (row, padding)
     mask = torch.cat([(piece != 0).long() for piece in pieces])[None]
