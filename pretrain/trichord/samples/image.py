@@ -19,6 +19,9 @@ from trichord.shards.probes import IMAGE_FORMATS
 from trichord.shards.quarantine import BadSample
 
 Box = tuple[float, float, float, float]
+BAND_PIXELS = 2**20
+LARGE_PIXELS = 4 * 2**20
+"""Above this a picture that is much larger than wanted is reduced while it is converted to RGB."""
 
 
 def decode_image(
@@ -89,7 +92,23 @@ def _decode_with_pillow(
     size = (image.height, image.width) if turned else image.size
     _check_indexed(size, indexed_size)
     box = _crop_box(size, config, rng)
-    return np.asarray(to_rgb(ImageOps.exif_transpose(image))), size, box
+    ImageOps.exif_transpose(image, in_place=True)
+    shrink = int(
+        min(box[2] - box[0], box[3] - box[1]) // (2 * config.size)
+    )  # twice the wanted size is left for _resize
+    large = image.width * image.height > LARGE_PIXELS and shrink >= 2
+    return np.asarray(_reduced(image, shrink) if large else to_rgb(image)), size, box
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """RGB, `factor` times smaller; band by band, so that a picture of few bytes and many pixels is never whole in RGB."""
+    width, height = image.size
+    small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
+    rows = factor * max(1, BAND_PIXELS // (width * factor))
+    for top in range(0, height, rows):
+        band = to_rgb(image.crop((0, top, width, min(top + rows, height))))
+        small.paste(band.reduce(factor), (0, top // factor))
+    return small
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int], box: Box, side: int) -> np.ndarray:
@@ -139,7 +158,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64) >> 8
+        grey = np.asarray(image) >> 8
         return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         upper = image.convert("RGBA")
