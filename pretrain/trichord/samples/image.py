@@ -101,7 +101,7 @@ def _decode_with_pillow(
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """RGB, `factor` times smaller; band by band, so that a picture of few bytes and many pixels is never whole in RGB."""
+    """RGB, `factor` times smaller; band by band, since few bytes may be many pixels, and are never whole in RGB."""
     width, height = image.size
     small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     rows = factor * max(1, BAND_PIXELS // (width * factor))
