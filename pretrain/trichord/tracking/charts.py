@@ -1,4 +1,4 @@
-"""Line charts and stacked areas as SVG text to be put into a page: small, without ids that clash, without links."""
+"""Lines, stacked areas, histograms and bars as SVG text for a page: small, without ids that clash, without links."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 # Okabe and Ito's colours: told apart with any colour vision, and on a white ground.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 _MAX_POINTS = 240
+_MIN_BARS = 6  # room for as many, so that two bars are no walls
+_MAX_NAME = 22  # characters of a bar's name
 _SIZE_IN = (5.2, 2.9)  # shown at 300 to 700 pixels: labels stay readable at both ends
 
 
@@ -63,6 +65,47 @@ def stacked_chart(lines: Sequence[Line], *, key: str, unit: str = "", marks: Seq
     axes.set_ylim(bottom=0)
     _mark(axes, marks, [line.steps for line in lines])
     return _finish(figure, axes, key, legend=True)
+
+
+def histogram(
+    columns: Sequence[tuple[float, float, float]],
+    *,
+    key: str,
+    unit: str = "",
+    marks: Sequence[tuple[str, float]] = (),
+    log: bool = False,
+) -> str:
+    """Counts as columns: (from, to, count) each; columns of no width are drawn as one bar.
+
+    unit: label of the horizontal axis; marks: (label, value) of vertical lines, such as a median; log: its scale.
+    """
+    figure, axes = _figure("count")
+    axes.set_xlabel(unit, fontsize=8, color="#48515b")
+    if len(columns) == 1:
+        start, _, count = columns[0]
+        axes.bar([f"{start:g}"], [count], width=0.3, color=COLORS[0])
+    else:
+        widths = [end - start for start, end, _ in columns]
+        axes.bar([c[0] for c in columns], [c[2] for c in columns], width=widths, align="edge", color=COLORS[0])
+        for number, (label, value) in enumerate(marks):
+            color = COLORS[1 + number % (len(COLORS) - 1)]
+            axes.axvline(value, color=color, linewidth=1.1, linestyle=(0, (3, 2)), label=label)
+        if log:
+            axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, key, legend=bool(marks) and len(columns) > 1)
+
+
+def bar_chart(rows: Sequence[tuple[str, float]], *, key: str, unit: str = "") -> str:
+    """Named amounts, one bar each, the first on top."""
+    figure, axes = _figure("")
+    axes.set_xlabel(unit, fontsize=8, color="#48515b")
+    names = [name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…" for name, _ in rows]
+    axes.barh(range(len(rows)), [value for _, value in rows], color=COLORS[0], height=0.7)
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(max(len(rows), _MIN_BARS) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    return _finish(figure, axes, key, legend=False)
 
 
 def thin(

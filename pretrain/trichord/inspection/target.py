@@ -1,0 +1,66 @@
+"""What a tool looks at: the sources of a run config, or shards that are named."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trichord.config.load import load_run_config
+from trichord.config.run import RunConfig
+from trichord.core.errors import ConfigError
+from trichord.samples.config import SamplesConfig
+from trichord.shards.config import ShardsConfig, SourceConfig
+
+_SHARD = re.compile(r"(\.tar|\.tar\.gz|\.tgz|\.txt)$|://|[*?{\[]")
+_FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
+SHARDS_NAME = "shards"
+"""Name of the source where shards are named and no config."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sources, and how their samples are read. config: the whole run; None where only shards were named."""
+
+    shards: ShardsConfig
+    samples: SamplesConfig
+    config: RunConfig | None
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields that the model takes; all of them without a config."""
+        if self.config is None:
+            return frozenset({"image", "audio", "text"})
+        towers = {"image": self.config.encoders.vision, "audio": self.config.encoders.audio}
+        return frozenset({"text"} | {name for name, tower in towers.items() if tower is not None})
+
+
+def find_target(words: Sequence[str]) -> Target:
+    """CONFIG [overrides ...], or shards: paths, globs, brace ranges, URLs, folders of tars.
+
+    Raises:
+        ConfigError: neither of both, or the config is not valid.
+    """
+    if not words:
+        raise ConfigError("expected a config, or shards (paths, globs, URLs or folders of .tar files), got nothing")
+    named = [bool(_SHARD.search(word)) or os.path.isdir(word) for word in words]
+    if all(named):
+        source = SourceConfig(name=SHARDS_NAME, shards=tuple(pattern for word in words for pattern in _patterns(word)))
+        return Target(ShardsConfig(sources=(source,)), SamplesConfig(), None)
+    if named[0]:
+        raise ConfigError(f"expected shards only after {words[0]!r}, got {words[named.index(False)]!r}")
+    config = load_run_config(words[0], words[1:])
+    return Target(config.shards, config.samples, config)
+
+
+def _patterns(word: str) -> list[str]:
+    """A folder stands for the tars in it."""
+    if not os.path.isdir(word):
+        return [word]
+    folder = glob.escape(word.rstrip("/"))
+    found = [f"{folder}/{pattern}" for pattern in _FOLDER_PATTERNS if glob.glob(f"{folder}/{pattern}")]
+    if not found:
+        raise ConfigError(f"{word}: expected a folder that holds .tar files, and it holds none")
+    return found
