@@ -70,6 +70,11 @@ def test_gpu_tests_without_a_gpu_say_so(checkout):
 
 
 def test_ci_runs_make_test_and_nothing_else():
+    """The browser that some tests use is fetched where that takes seconds, and missed by none where it cannot be."""
     lines = [x for x in (REPO / ".ci" / "run").read_text().splitlines() if x and not x.startswith("#")]
-    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test"]
+    start, browser = next(i for i, line in enumerate(lines) if line.startswith("if ")), lines.index("fi")
+    assert lines[:start] + lines[browser + 1 :] == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test"]
+    assert len(lines) == 6
+    assert "chromium" in lines[start + 1]
+    assert lines[start + 1].endswith("|| true")
     assert os.access(REPO / ".ci" / "run", os.X_OK)
