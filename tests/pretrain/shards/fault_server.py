@@ -100,8 +100,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _from_folder(self, wanted: str | None) -> tuple[int, dict[str, str], bytes]:
         path = self.server.folder / self.path.split("?")[0].lstrip("/")
-        if self.command == "PUT" or not path.is_file():
-            return (405 if self.command == "PUT" else 404), {}, b"no"
+        if self.command == "PUT":
+            path.write_bytes(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            return 201, {}, b""
+        if not path.is_file():
+            return 404, {}, b"no"
         data = path.read_bytes()
         headers = {"ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")

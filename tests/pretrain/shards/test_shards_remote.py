@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import time
 import urllib.request
 from pathlib import Path
@@ -217,6 +218,9 @@ def test_sidecars_beside_shards_on_s3_serve_others_and_http_gets_none(s3, web, s
     build_index(f"{web.url}/{shard.name}")
     assert not list(tmp_path.glob("*.len"))
     assert len(list(own_cache.rglob("*.len"))) == 1
+    web.log.clear()
+    assert load_index(f"{web.url}/{shard.name}").num_samples == SAMPLES
+    assert len(web.log) == 1, "one look at the shard: the sidecars are here"
 
 
 @pytest.mark.slow
@@ -302,6 +306,7 @@ def test_forked_workers_read_while_the_parent_reads(request, shard, kind):
     for number in range(2):
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # a child that hangs must not outlive the test
             start = time.monotonic()
             try:
                 right = all(read_range(url, at, 3000) == data[at : at + 3000] for at in range(0, len(data), 3000))

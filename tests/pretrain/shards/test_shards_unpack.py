@@ -87,6 +87,18 @@ def test_an_evicted_copy_is_unpacked_again(packed, members, own_cache, monkeypat
     assert "is too small for the shards in use" in caplog.text
 
 
+def test_another_thread_finds_an_evicted_copy_gone_and_unpacks_it(packed, own_cache):
+    expected = read_range(str(packed), 512, 2000)
+    for copy in (own_cache / "unpacked").glob("*.tar"):
+        copy.unlink()
+    assert read_range(str(packed), 512, 2000) == expected, "still open in this thread"
+    found = []
+    reader = threading.Thread(target=lambda: found.append(read_range(str(packed), 512, 2000)))
+    reader.start()
+    reader.join(30)
+    assert found == [expected]
+
+
 def test_an_open_copy_outlives_its_eviction(packed, own_cache):
     with open_shard(str(packed)) as file:
         for copy in (own_cache / "unpacked").glob("*.tar"):
