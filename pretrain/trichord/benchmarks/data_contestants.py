@@ -22,6 +22,7 @@ BATCH = 32
 IMAGE_SIZE = 224
 RATE, N_FFT, HOP, N_MELS = 16_000, 400, 160, 80
 _SHUFFLED = 100
+_CONSTANT_IDS = list(range(6, 70))
 Mel = Literal["device", "worker"]
 
 
@@ -79,14 +80,17 @@ def _stack(samples: list[tuple]) -> tuple:
 
 
 def _raw_webdataset(corpus: Corpus, workers: int) -> Iterator[Any]:
+    """Members are read, batches of what decoding would give are stacked and travel."""
     import webdataset as wds
 
+    pixels, mel = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), torch.zeros(N_MELS, 500)
     dataset = (
         wds.WebDataset(list(corpus.flac_shards), shardshuffle=len(corpus.flac_shards))
         .shuffle(_SHUFFLED)
         .to_tuple("jpg", "flac", "txt")
+        .map_tuple(lambda data: pixels, lambda data: mel, lambda data: _CONSTANT_IDS)
         .repeat()
-        .batched(BATCH, collation_fn=None)
+        .batched(BATCH, collation_fn=_stack)
     )
     return iter(wds.WebLoader(dataset, batch_size=None, num_workers=workers))
 
@@ -167,15 +171,14 @@ def open_loader(corpus: Corpus, workers: int, kind: str, mel: Mel) -> Iterator[A
 
 
 def _raw_trichord(corpus: Corpus, workers: int) -> Iterator[Any]:
-    """Everything but decoding and tokenising: members are read, rows are built and travel at their full size."""
+    """Everything but decoding and tokenising: members are read, rows of what these would give are built and travel."""
     from trichord.batches.tokenizer import TextTokenizer
     from trichord.samples import sample
 
     pixels = np.zeros((3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     sample.decode_image = lambda *_, **__: pixels
     sample.decode_audio = lambda data, config, indexed, rng: np.zeros(indexed[0], np.int16)
-    ids = list(range(6, 70))
-    TextTokenizer.encode_batch = lambda self, texts: [ids] * len(texts)
+    TextTokenizer.encode_batch = lambda self, texts: [_CONSTANT_IDS] * len(texts)
     return open_loader(corpus, workers, "flac", "device")
 
 
