@@ -66,8 +66,10 @@ _EXTRA_OF = {
     **dict.fromkeys(("torch", "triton"), "kernels"),
     **dict.fromkeys(("deepspeed", "transformers", "timm", "accelerate", "webdataset", "wandb", "safetensors"), "train"),
     **dict.fromkeys(("tokenizers", "huggingface_hub", "PIL", "soundfile", "matplotlib", "psutil", "numpy"), "train"),
-    **dict.fromkeys(("sklearn", "scipy", "captcha", "torchvision"), "train"),
+    **dict.fromkeys(("sklearn", "scipy", "captcha", "torchvision", "simplejpeg", "soxr", "miniaudio"), "train"),
     "s3fs": "s3",
+    "aiohttp": "http",
+    "gcsfs": "gcs",
     **dict.fromkeys(("pyarrow", "ijson"), "convert"),
     "ray": "ray",
 }

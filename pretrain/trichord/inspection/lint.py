@@ -33,7 +33,7 @@ def lint(target: Target, workers: int = 1, out: Path | None = None) -> LintRepor
         DataError: a process died.
     """
     with ExitStack() as stack:
-        processes = stack.enter_context(Processes(workers))
+        processes = stack.enter_context(Processes(workers, target.shards.storage))
         lines = None if out is None else stack.enter_context(_opened(out))
         report = LintReport([], target.shards.max_bad_fraction)
         found = []

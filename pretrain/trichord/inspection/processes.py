@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from trichord.building.processes import enter_worker
 from trichord.core.errors import DataError
+from trichord.shards.config import StorageConfig
+from trichord.shards.storage import configure_storage
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -22,11 +24,13 @@ _JOBS_AHEAD = 4  # per process: enough to keep all busy, and results do not pile
 class Processes:
     """Some worker processes, started when there is work for two and kept until the end: each takes seconds to start."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, storage: StorageConfig) -> None:
+        """storage: how shards are read, here and in the workers."""
+        self._workers, self._storage = workers, storage
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Processes:
+        configure_storage(self._storage)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,8 +53,14 @@ class Processes:
             return
         if self._pool is None:
             # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
-            self._pool = ProcessPoolExecutor(self._workers, get_context("spawn"), enter_worker, (os.getpid(),))
+            told = (os.getpid(), self._storage)
+            self._pool = ProcessPoolExecutor(self._workers, get_context("spawn"), _enter, told)
         yield from _in_order(self._pool, work, todo, self._workers * _JOBS_AHEAD)
+
+
+def _enter(parent_pid: int, storage: StorageConfig) -> None:
+    enter_worker(parent_pid)
+    configure_storage(storage)
 
 
 def _in_order(

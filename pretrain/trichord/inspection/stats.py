@@ -107,7 +107,7 @@ def gather_stats(
     with ExitStack() as stack:
         lines = None if duplicates is None else stack.enter_context(_opened(duplicates))
         repeats = stack.enter_context(Repeats())
-        processes = stack.enter_context(Processes(workers))
+        processes = stack.enter_context(Processes(workers, target.shards.storage))
         sources = [_walk(target, number, processes) for number in range(len(target.shards.sources))]
         shards = [facts.url for source in sources for facts in source.shards]
         jobs = list(_jobs(target, sources, wishes, every_text))

@@ -13,6 +13,9 @@ from trichord.core.errors import ConfigError, DataError
 from trichord.inspection.lint import lint
 from trichord.inspection.processes import Processes
 from trichord.inspection.target import find_target
+from trichord.shards.config import StorageConfig
+from trichord.shards.patience import settings
+from trichord.shards.storage import configure_storage
 
 
 @pytest.fixture
@@ -173,7 +176,10 @@ def test_a_file_that_cannot_be_written_is_a_mistake_of_the_user(data, capsys):
 
 
 def test_a_process_that_dies_is_named_and_not_waited_for():
-    with Processes(2) as processes, pytest.raises(DataError, match=r"a process died .* near 3; with --workers 1"):
+    with (
+        Processes(2, StorageConfig()) as processes,
+        pytest.raises(DataError, match=r"a process died .* near 3; with --workers 1"),
+    ):
         list(processes.run(_die_at_three, range(9)))
 
 
@@ -192,7 +198,20 @@ def test_jobs_are_taken_only_as_fast_as_results_are():
             taken.append(number)
             yield number
 
-    with Processes(2) as processes:
+    with Processes(2, StorageConfig()) as processes:
         for job, result in processes.run(abs, jobs()):
             assert job == result
             assert len(taken) - job <= 9
+
+
+def test_workers_read_as_the_config_says(tmp_path):
+    storage = StorageConfig(attempts=3, cache_dir=str(tmp_path))
+    with Processes(2, storage) as processes:
+        found = [attempts for _, attempts in processes.run(_attempts, range(4))]
+    assert found == [3] * 4
+    assert _attempts(0) == 3
+    configure_storage(StorageConfig())
+
+
+def _attempts(_: int) -> int:
+    return settings().attempts
