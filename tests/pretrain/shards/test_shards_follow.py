@@ -12,7 +12,7 @@ import pytest
 
 from trichord.core.errors import ConfigError, DataError
 from trichord.shards.config import ShardsConfig
-from trichord.shards.follow import FollowLog
+from trichord.shards.follow import FollowLog, ShardFinder
 from trichord.shards.lanes import LanePlanner, LaneSource, LaneState
 from trichord.shards.reader import SourceTable, open_sources, read_member
 
@@ -77,6 +77,27 @@ def test_a_process_that_began_before_the_growth_reads_new_samples(tmp_path, stre
     assert worker.entry(4) == table.entry(4)
     with pytest.raises(IndexError, match="samples 0 to 4, asked for 5"):
         worker.entry(5)
+
+
+def test_a_listing_that_is_older_than_a_record_is_made_anew(tmp_path, stream):
+    """Between this process' look and its record another one found more, and was first."""
+    stream("0.tar", 1)
+    slow, quick = _open(tmp_path), _open(tmp_path)
+    stream("1.tar", 2)
+    look = ShardFinder.look
+
+    def look_and_lose(self, known):
+        found = look(self, known)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ShardFinder, "look", look)
+            stream("2.tar", 4)
+            quick.shards_at(1)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardFinder, "look", look_and_lose)
+        assert slow.shards_at(1) == 3
+    assert slow.shard_sizes == quick.shard_sizes == [1, 2, 4]
 
 
 def test_the_first_to_record_an_epoch_decides_for_all(tmp_path, stream):

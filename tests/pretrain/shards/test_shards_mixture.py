@@ -112,3 +112,21 @@ def test_many_sources_cost_a_few_looks_per_draw(shares, monkeypatch):
     monkeypatch.setattr(Mixture, "_extend_slack", lambda self: (extended.append(1), extend(self))[1])
     _draws(shares, [(17 * i) % 64 for i in range(200)], 64, 2000)
     assert len(extended) < 2000 + module.MAX_LOOK_AHEAD
+
+
+def test_rare_sources_that_come_early_leave_room_for_a_crowd_of_deadlines():
+    """Fifty sources fall due together at draw 50, later than a first look at whether all is settled."""
+    shares, phases = [2000] * 50 + [1, 1, 1], [50] * 50 + [0, 0, 0]
+    counts, total = [0] * len(shares), sum(shares)
+    for n, source in enumerate(_draws(shares, phases, 100, 300), start=1):
+        counts[source] += 1
+        assert all(abs(count * total - n * share) < total for count, share in zip(counts, shares))
+
+
+def test_the_earliest_deadline_is_taken_where_no_source_is_known_to_fit(monkeypatch):
+    monkeypatch.setattr(Mixture, "_fits", lambda self, source: False)
+    shares, total = [3, 5, 11, 40], 59
+    counts = [0] * 4
+    for n, source in enumerate(_draws(shares, [90, 0, 50, 20], 100, 400), start=1):
+        counts[source] += 1
+        assert all(abs(count * total - n * share) < total for count, share in zip(counts, shares))

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from trichord.core.errors import DataError
 from trichord.shards import patience, reader, storage
-from trichord.shards.config import ShardsConfig
+from trichord.shards.config import ShardsConfig, StorageConfig
 from trichord.shards.quarantine import BadSample
 from trichord.shards.reader import open_sources, read_member
 
@@ -85,8 +86,33 @@ def test_a_shard_that_changes_during_the_run_stops_it(text_shards):
     paths = text_shards([3])
     (table,) = open_sources(_config(paths))
     text_shards([5])
-    with pytest.raises(DataError, match="it had 3 samples with index .* and has 5 with"):
+    with pytest.raises(DataError, match=r"it had 3 samples with index .* and has 5 with"):
         table.entry(0)
+
+
+def test_as_many_samples_but_other_ones_stop_it_too(write_tar):
+    path = write_tar([("0.txt", b"x")])
+    (table,) = open_sources(_config([path]))
+    write_tar([("1.txt", b"longer")])
+    with pytest.raises(DataError, match=r"s\.tar changed while it was in use"):
+        table.entry(0)
+
+
+def test_the_digest_is_of_the_content_in_order_not_of_its_place(text_shards, tmp_path):
+    paths = text_shards([3, 2])
+    (table,) = open_sources(_config(paths))
+    copies = [str(shutil.copy(path, tmp_path / f"copy-{number}.tar")) for number, path in enumerate(paths)]
+    assert open_sources(_config(copies))[0].digest == table.digest
+    swapped = [str(shutil.copy(path, tmp_path / f"swap-{1 - number}.tar")) for number, path in enumerate(paths)]
+    assert open_sources(_config(swapped))[0].digest != table.digest
+
+
+def test_opening_sets_the_patience_of_this_process(text_shards):
+    config = _config(text_shards([1]))
+    open_sources(config.model_copy(update={"storage": StorageConfig(attempts=2)}))
+    assert patience.settings().attempts == 2
+    open_sources(config)
+    assert patience.settings().attempts == 6
 
 
 def test_caps_and_missing_fields_are_bad_samples(write_tar):
