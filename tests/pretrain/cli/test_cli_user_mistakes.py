@@ -146,7 +146,7 @@ DATASET = [
         shard_of({f"{i}.png": b"GIF" for i in range(9)}),
     ),
     Mistake(
-        "compressed shard", "train c.yaml shards.sources.0.shards=a.tar.gz", DATA, "compressed", put("a.tar.gz", "")
+        "compressed shard", "train c.yaml shards.sources.0.shards=a.tar.xz", DATA, "compressed", put("a.tar.xz", "")
     ),
     Mistake(
         "unknown file system",
@@ -164,6 +164,19 @@ DATASET = [
         DATA,
         "gone.png",
         put("t.csv", "image,text\ngone.png,x\n"),
+    ),
+    Mistake("lint of no config", "data lint d.yaml", USAGE, "d.yaml: no such file"),
+    Mistake(
+        "lint of a bare folder", "data lint bare", USAGE, "bare: expected a folder that holds .tar", put("bare/x", "")
+    ),
+    Mistake("stats of no shards", "data stats none/*.tar --workers 1", DATA, "no shard matches"),
+    Mistake("balance of one class", "data stats shards --balance-by kind --workers 1", USAGE, "at least two classes"),
+    Mistake(
+        "beta out of range", "data stats shards --balance-by source --beta 2 --workers 1", USAGE, "less than 1, got 2"
+    ),
+    Mistake("preview of a shard", "data preview shards/shard-000000.tar", USAGE, "expected UTF-8 text"),
+    Mistake(
+        "preview of no rank", "data preview c.yaml --rank 3 --world-size 2", USAGE, "less than --world-size 2, got 3"
     ),
     Mistake("tokenizer exists", "data tokenizer c.yaml --out tok", USAGE, "already holds a tokenizer.json"),
     Mistake("vocabulary too small", "data tokenizer c.yaml --out t --vocab-size 9", USAGE, "at least"),
