@@ -8,6 +8,7 @@ from trichord.shards.members import MemberRef, is_unsafe, split_name
 from trichord.shards.probes import Kind, Measure
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_REASON_CHARS = 1000
 NOT_MEASURED = "not measured when the shard was indexed"
 
 
@@ -72,7 +73,7 @@ class Measures:
         column = self._columns.get((kind, ext))
         value: Any = self._numbered.get(ext, {}).get(kind) if column is None else self._values[column]
         if value.__class__ is str:
-            return value
+            return value[:MAX_REASON_CHARS]
         if value is None:
             return NOT_MEASURED
         if kind == "text":

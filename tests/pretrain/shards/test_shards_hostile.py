@@ -103,6 +103,13 @@ def test_forged_measures_end_in_a_message(tmp_path, line):
         load_index(url).entry(0)
 
 
+def test_forged_reason_is_cut_to_what_a_line_of_quarantine_can_hold(tmp_path):
+    url = tar_with(tmp_path / "shard.tar")
+    build_index(url)
+    forge(tmp_path, body=b'["' + b"a" * 9000 + b'"]\n[5]\n')
+    assert len(load_index(url).entry(0).problem or "") < 1100
+
+
 def test_a_generous_bound_costs_no_memory(tmp_path):
     (tmp_path / "small").write_bytes(b"hello")
     assert read_whole(str(tmp_path / "small"), 1 << 50) == b"hello"

@@ -32,11 +32,13 @@ def _pax(**fields: str) -> bytes:
 
 _PAX = (
     _pax(size="4294967296"), _pax(size="-1"), _pax(size="1e3"), _pax(size="9" * 30), _pax(size="9" * 5000),
-    _pax(path="../a.jpg"), _pax(path="/etc/passwd.txt"), _pax(path="\udcff.txt"), _pax(path=""), _pax(path="d/" * 9000 + "x.txt"),
+    _pax(path="../a.jpg"), _pax(path="/etc/passwd.txt"), _pax(path="\udcff.txt"), _pax(path=""),
+    _pax(path="d/" * 9000 + "x.txt"),
     _pax(linkpath="/etc/passwd"), _pax(hdrcharset="BINARY"), _pax(mtime="nan"), _pax(mtime="1e99"), _pax(uid="-1"),
     _pax(GNU__sparse__major="1"), _pax(GNU__sparse__map="0,1,2"), _pax(GNU__sparse__map="x", GNU__sparse__size="9e9"),
     _pax(GNU__sparse__major="1", GNU__sparse__minor="0", GNU__sparse__name="a.txt", GNU__sparse__realsize="99999999"),
-    _pax(GNU__sparse__map="0,99999999999", GNU__sparse__size="9"), _pax(GNU__sparse__map="1," * 50_000, GNU__sparse__size="9"),
+    _pax(GNU__sparse__map="0,99999999999", GNU__sparse__size="9"),
+    _pax(GNU__sparse__map="1," * 50_000, GNU__sparse__size="9"),
     b"99999999999 path=x\n", b"0 path=x\n", b"path=x\n", b"11 path=\xff\xfe\n", b"9 path=a", b"\xff" * 200, b"",
     b"9" * 5000, b"4 =\n" * 100, b" " * 500, b"8 a=b\n\0\0" * 60_000,
 )  # fmt: skip

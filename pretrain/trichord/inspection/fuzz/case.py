@@ -59,7 +59,7 @@ def make_case(seed: int, number: int) -> Case:
 
 
 def write_case(case: Case, folder: Path) -> Path:
-    """Put the case's files into `folder`; returns the shard. Building the sidecars to mangle reads the shard's members."""
+    """Put the case's files into `folder`; returns the shard. To mangle sidecars it has them built first."""
     shard = folder / case.shard_name
     shard.write_bytes(case.shard)
     if case.sidecar_seed is not None:

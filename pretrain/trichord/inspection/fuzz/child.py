@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import traceback
+import uuid
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,8 +55,8 @@ def serve(connection: Connection, root: Path, tokenizer: str, seed: int, max_byt
 
 
 def _judge(guard: Guard, root: Path, tokenizer: str, case: Case) -> Verdict:
-    folder = root / "case"
-    folder.mkdir(exist_ok=True)
+    folder = root / "case" / uuid.uuid4().hex  # one address, one shard: open files are kept by address
+    folder.mkdir(parents=True)
     shard = write_case(case, folder)
     guard.breaches.clear()
     guard.armed = True

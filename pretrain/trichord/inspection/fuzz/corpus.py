@@ -122,7 +122,7 @@ def base_samples() -> tuple[Members, ...]:
     """Pairs, triples, text alone, chats with siblings and documents; the same in every process that forks off."""
     rng = np.random.default_rng(0)
     images, samples = _images(rng), []
-    clips = [(ext, audio_bytes(rng, *rest)) for ext, *rest in _AUDIO]
+    clips = [(ext, audio_bytes(rng, name, kind, rate, n)) for ext, name, kind, rate, n in _AUDIO]
     clips += [("wav", audio_bytes(rng, name, _subtype(name), 8_000)) for name in _FOREIGN]
     for number, (ext, data) in enumerate(images):
         meta = {"prompt": "near the river"} if number % 2 else {"group": number, "similarity": 0.3, "label": number % 3}

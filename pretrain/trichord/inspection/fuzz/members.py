@@ -112,7 +112,7 @@ def _jpeg_segments(data: bytes) -> list[tuple[int, int]]:
 
 
 def png_header(rng: random.Random, data: bytes) -> bytes:
-    """IHDR fields, chunk lengths, chunks that unpack to much, animation; checksums are right unless that is the fault."""
+    """IHDR fields, chunk lengths, chunks that unpack to much, animation; checksums are mostly right."""
     chunks = _png_chunks(data)
     if not chunks:
         return overwrite(rng, data)

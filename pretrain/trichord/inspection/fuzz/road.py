@@ -1,9 +1,8 @@
-"""The whole road of one shard: index, order, plan, decode, rows, batch. Follows the loader's own interface, nothing else."""
+"""The whole road of one shard: index, order, plan, decode, rows, batch; by the loader's own interface."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import islice
 
@@ -12,6 +11,7 @@ from trichord.batches.loader import ItemLengths, Loader
 from trichord.core.errors import DataError
 from trichord.samples.config import AudioConfig, ImageConfig, SamplesConfig, TargetConfig, TextConfig
 from trichord.shards.config import FiltersConfig, MetaFilter, ShardsConfig, SourceConfig, StorageConfig
+from trichord.shards.reader import open_sources
 
 MAX_MESSAGE_CHARS = 4000
 _MAX_STEPS = 3000
@@ -50,19 +50,14 @@ def drive(url: str, tokenizer: str, options: dict[str, bool], cache_dir: str) ->
 
 
 def _drive(url: str, tokenizer: str, options: dict[str, bool], cache_dir: str) -> Outcome:
+    filters = _FILTERS if options.get("filters") else FiltersConfig()
+    shards = ShardsConfig(
+        sources=(SourceConfig(name="fuzz", shards=(url,), epochs=1, filters=filters),),
+        window_samples=64,
+        storage=StorageConfig(cache_dir=cache_dir, cache_gib=0.02, attempts=1),
+    )
     loader = Loader(
-        ShardsConfig(
-            sources=(
-                SourceConfig(
-                    name="fuzz",
-                    shards=(url,),
-                    epochs=1,
-                    filters=_FILTERS if options.get("filters") else FiltersConfig(),
-                ),
-            ),
-            window_samples=64,
-            storage=StorageConfig(cache_dir=cache_dir, cache_gib=0.02, attempts=1),
-        ),
+        shards,
         SamplesConfig(
             image=ImageConfig(size=16, resize="random_resized_crop", min_crop_frac=0.3),
             audio=AudioConfig(max_seconds=5.0, long_clips="crop" if options.get("crop") else "drop", speed_frac=0.1),
@@ -79,28 +74,32 @@ def _drive(url: str, tokenizer: str, options: dict[str, bool], cache_dir: str) -
         lengths=_LENGTHS,
         augment=options.get("augment", True),
     )
-    total = sum(row[1] for row in loader.state.data["sources"])
-    used: Counter[tuple[int, ...]] = Counter()
-    samples = bad = 0
+    total = sum(table.num_samples for table in open_sources(shards))
+    good: set[tuple[int, ...]] = set()
+    bad = filtered = 0
     records = []
     for step in islice(loader, _MAX_STEPS):
         for batch in step.micro_batches:
             batch.check()
-            used.update({tuple(ref) for ref in batch.sample_ids.tolist()})
-        samples += step.stats.samples
+            good.update(tuple(ref) for ref in batch.sample_ids[~batch.bad_segments].tolist())
         bad += step.stats.bad_samples
+        filtered += sum(step.stats.filtered.values())
         records += step.stats.records
         if step.state.exhausted:
             break
     else:
         return Outcome("fault", detail=f"not used up after {_MAX_STEPS} steps of a shard with {total} samples")
-    lines = [json.dumps(asdict(record)) for record in (*records, *loader.damage_records)]
-    longest = max(map(len, lines), default=0)
-    if longest > 2 * MAX_MESSAGE_CHARS:
-        return Outcome("fault", detail=f"a quarantine line of {longest} characters: {max(lines, key=len)[:300]}")
-    if len(used) + bad < total and not options.get("filters"):
-        return Outcome("fault", detail=f"{total} samples, of which {len(used)} came and {bad} were left out")
-    if len(used) > total:
-        return Outcome("fault", detail=f"{total} samples, and {len(used)} came")
-    kind = "left out" if bad or samples < total or loader.damage_records else "samples"
-    return Outcome(kind, samples, bad, "; ".join(sorted(record.reason for record in records))[:2000])
+    records += loader.damage_records
+    longest = max((json.dumps(asdict(record)) for record in records), key=len, default="")
+    if len(longest) > 2 * MAX_MESSAGE_CHARS:
+        return Outcome("fault", detail=f"a quarantine line of {len(longest)} characters: {longest[:300]}")
+    # A long sample is split into segments, and can be bad in one of them.
+    if (
+        len(good) + bad + filtered < total
+        or len(good) > total
+        or (len(good) + bad > total and not options.get("split"))
+    ):
+        said = f"{len(good)} came, {bad} are quarantined, {filtered} filtered"
+        return Outcome("fault", detail=f"{total} samples, of which {said}")
+    kind = "samples" if len(good) == total and not loader.damage_records else "left out"
+    return Outcome(kind, len(good), total - len(good), "; ".join(sorted(record.reason for record in records))[:2000])

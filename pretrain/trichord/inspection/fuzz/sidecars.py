@@ -9,11 +9,13 @@ from typing import Any
 from trichord.inspection.fuzz.members import BLIND
 from trichord.shards.sidecars import digest
 
-_WORDS = ("0", "-1", "1", "512", "99999999", str(2**63), str(2**70), "9" * 5000, "1e5", "0x10", "1_0", "abc", "", "٣", "+7",
-          "-0", "1.5", "nan", "../../x.jpg", "/etc/passwd", "jpg", "pkl", "\x00", "\udcff", "a.b")  # fmt: skip
+_WORDS = ("0", "-1", "1", "512", "99999999", str(2**63), str(2**70), "9" * 5000, "1e5", "0x10", "1_0", "abc", "",
+          "٣", "+7", "-0", "1.5", "nan", "../../x.jpg", "/etc/passwd", "jpg", "pkl", "\x00",
+          "\udcff", "a.b")  # fmt: skip
 _VALUES: tuple[Any, ...] = (
     None, 0, -1, 1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), True, "", "x", "a" * 9000, "\ud800", [], {},
-    [0, 0], [-1, 5], [1], [1, 2, 3], [10**9, 10**9], [0.5, 2], ["a", "b"], [None, None], [8, 0], [2**63, 16_000], [1, 10**30],
+    [0, 0], [-1, 5], [1], [1, 2, 3], [10**9, 10**9], [0.5, 2], ["a", "b"], [None, None], [8, 0],
+    [2**63, 16_000], [1, 10**30],
     {"problem": 5}, {"problem": None}, {"names": 3}, {"names": []}, {"names": ["a"]}, {"names": [1, 2]}, [[1], [2]],
     {"numbered": 3}, {"numbered": {"0.jpg": {"image": [1]}}}, {"numbered": {"0.jpg": 5}}, {"numbered": []},
 )  # fmt: skip

@@ -22,9 +22,11 @@ _NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**400, -(10**30), 0.5, 1e308, -0.0,
 _STRINGS = ("", " ", "\0", "\ud800", "\udfff\ud800", "a" * 30_000, "\ufeff", "<image>", "</s>", "\u0301" * 5000, "1")
 _RAW_JSON = (
     b"[" * 200_000, b'{"a":' * 50_000, b"[" * 500 + b"]" * 500, b'{"prompt": 1e999}', b'{"n": ' + b"9" * 6000 + b"}",
-    b'{"prompt": NaN}', b'{"group": Infinity}', b'{"prompt": "\\ud800"}', b'{"prompt": "\\u0000"}', b"null", b"[]", b"1",
-    b'"x"', b"{}", b"", b" ", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b'{"a":1}{"b":2}', b'{"a":1}\0', b'{"a":1,"a":2}',
-    b"{'a':1}", b'{"prompt": "\xff"}', b'{"group": ' + b"1" * 5000 + b"}", b'{"messages": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    b'{"prompt": NaN}', b'{"group": Infinity}', b'{"prompt": "\\ud800"}', b'{"prompt": "\\u0000"}', b"null", b"[]",
+    b"1", b'"x"', b"{}", b"", b" ", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b'{"a":1}{"b":2}', b'{"a":1}\0',
+    b'{"a":1,"a":2}',
+    b"{'a':1}", b'{"prompt": "\xff"}',
+    b'{"group": ' + b"1" * 5000 + b"}", b'{"messages": ' + b"[" * 3000 + b"]" * 3000 + b"}",
 )  # fmt: skip
 _ROLES = ("user", "assistant", "system", "tool", "human", "gpt", "", None, 3, "USER", "\ud800", "a" * 5000)
 _KINDS = ("image", "audio", "text", "video", "image_url", "input_audio", "", None, 7, "__class__")
@@ -41,10 +43,13 @@ def mangle_text(rng: random.Random, data: bytes) -> bytes:
     """Not UTF-8, too long, of odd characters, or another format altogether."""
     odd = (
         b"\xff\xfe", b"caf\xe9", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\0" * 100, b"a\0b", b"\r\n" * 50,
-        b"\xef\xbb\xbf", b"", b" \t\n", b"a" * 19_999, b"a " * 9_999, b"a" * 2**20, b"\n" * 2**20, b"<image><audio></s>" * 99,
-        "\ufdfa".encode() * 6000, "a\u0301".encode() * 9000, "\u0344".encode() * 19_000, "\U0001f468\u200d".encode() * 5000,
+        b"\xef\xbb\xbf", b"", b" \t\n", b"a" * 19_999, b"a " * 9_999, b"a" * 2**20, b"\n" * 2**20, 
+        b"<image><audio></s>" * 99,
+        "\ufdfa".encode() * 6000, "a\u0301".encode() * 9000, "\u0344".encode() * 19_000, 
+        "\U0001f468\u200d".encode() * 5000,
         "\u202e\u2066".encode() * 999, "ﬀ".encode() * 15_000, b"<image>", b"<bos>" * 3000, "𝔄".encode() * 19_999,
-        pickle.dumps(Canary()), rng.randbytes(5000), data.decode(errors="replace").encode("utf-16"), b"%s%n{0}{}" * 100,
+        pickle.dumps(Canary()), rng.randbytes(5000), data.decode(errors="replace").encode("utf-16"), 
+        b"%s%n{0}{}" * 100,
     )  # fmt: skip
     return rng.choice(odd) if rng.random() < 0.7 else rng.choice(BLIND)(rng, data)
 
