@@ -97,6 +97,24 @@ def test_conversations_become_chats(world):
     assert [*three] == ["json"]
 
 
+def test_chats_name_their_members_as_the_samples_room_reads_them(world):
+    from trichord.samples.config import TextConfig
+    from trichord.samples.interleaved import parse_messages
+    from trichord.shards.index import load_index
+
+    index = load_index(convert(world / "llava.json", "llava", media=world / "photos").paths[0])
+    samples = members([index.url])
+    entry = index.entry(1)
+    turns = parse_messages(facts_of(samples[entry.key])["messages"], entry.key, entry.siblings, TextConfig())
+    assert [turn.role for turn in turns] == ["system", "user", "assistant"]
+    items = [part for part in turns[1].content if not isinstance(part, str)]
+    assert [(item.kind, item.size) for item in items] == [
+        ("image", (16, 12)),
+        ("image", (16, 12)),
+        ("audio", (800, 8000)),
+    ]
+
+
 def test_json_lines_of_role_and_content_are_the_same_chats(world):
     rows = [
         {
@@ -383,15 +401,21 @@ def test_splits_are_no_classes(world):
 
 
 def test_a_saved_dataset_cannot_name_files_elsewhere(world):
-    put(world / "evil/state.json", {"_data_files": [{"filename": "../../birds.arrow"}]})
-    with pytest.raises(DataError, match=r"state\.json names \.\./\.\./birds\.arrow; not there"):
+    _write_arrow(world / "private.arrow")
+    assert len(converted(world / "private.arrow", "huggingface")) == 3
+    put(world / "evil/state.json", {"_data_files": [{"filename": "../private.arrow"}]})
+    with pytest.raises(DataError, match=r"state\.json names \.\./private\.arrow; not there"):
         convert(world / "evil", "huggingface")
 
 
-def test_damaged_arrow_offsets_are_found_before_they_are_followed(world):
+def _write_arrow(path: Path) -> None:
     table = pa.table({"text": ["one", "two", "three"]})
-    with pa.OSFile(str(world / "t.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
+
+
+def test_damaged_arrow_offsets_are_found_before_they_are_followed(world):
+    _write_arrow(world / "t.arrow")
     data = bytearray((world / "t.arrow").read_bytes())
     at = data.rindex((6).to_bytes(4, "little") + (11).to_bytes(4, "little"))
     data[at : at + 4] = (2**30).to_bytes(4, "little")

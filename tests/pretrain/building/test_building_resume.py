@@ -107,6 +107,27 @@ def test_a_build_that_is_killed_goes_on_with_its_finished_shards(source, tmp_pat
     assert problems(sorted((tmp_path / "out").glob("*.tar"))) == [None] * SAMPLES
 
 
+def test_workers_die_with_their_parent_in_the_middle_of_a_shard():
+    code = "import time; from trichord.building.processes import run_tasks; list(run_tasks(time.sleep, [60, 60], 2))"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 30
+    while len(workers := _children(process.pid)) < 2 or not all(map(_sleeps, workers)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    _wait_until_gone(workers)
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a worker is in its task: `time.sleep` waits in clock_nanosleep."""
+    try:
+        return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+    except OSError:
+        return False
+
+
 def _children(pid: int) -> list[int]:
     """Children of a process that have not ended, but for multiprocessing's own tracker."""
     found = []
