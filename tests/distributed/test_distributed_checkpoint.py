@@ -36,7 +36,7 @@ def loader_state(step: int) -> LoaderState:
     planner = LanePlanner(0, [LaneSource([100])], num_lanes=tiny.ROWS, window_samples=8)
     lanes = range(dist.get_rank(), tiny.ROWS, dist.get_world_size())
     cursors = {lane: LaneCursor(planner.first_state(lane)) for lane in lanes}
-    return LoaderState(step, cursors, {"rows_per_step": tiny.ROWS})
+    return LoaderState(step, cursors, {"num_lanes": tiny.ROWS})
 
 
 def live_state(engine) -> dict:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from trichord.batches.loader_state import LaneCursor, extend_chain
 from trichord.batches.windows import LeftOut, PlannedSample, SamplePlanner, WindowPlan
 from trichord.core.errors import CheckpointError
+from trichord.core.seed import derive_seed
 from trichord.shards.lanes import LanePlanner, LaneState
 
 
@@ -58,13 +59,18 @@ class LaneReader:
 
     def _open_window(self, step: int) -> bool:
         """Plan the window that the cursor stands in; whether there is one."""
-        if self._order.exhausted(self.cursor.window):
+        if self._order.exhausted(self.cursor.window) and not self.cursor.carried:
             return False
         # Opened, it stays the same window whatever the weights are when the run is resumed in its middle.
         window = self._order.opened(self.cursor.window, step)
-        self.cursor = replace(self.cursor, window=window)
         refs, after = self._order.next_window(window, step)
-        self._plan = self._planner.plan_window(refs, self._seed, window.lane, window.window)
+        self.cursor = replace(self.cursor, window=window)
+        self._plan = self._planner.plan_window(
+            refs,
+            carried=self.cursor.carried,
+            last=self._order.exhausted(after),
+            order_seed=derive_seed(self._seed, "rows", window.lane, window.window),
+        )
         self._next_window = after
         if self.cursor.row and self.cursor.row >= len(self._plan.rows):
             raise CheckpointError(
@@ -76,6 +82,8 @@ class LaneReader:
     def _close_window(self) -> None:
         """Move to the start of the next window, so that a resume plans no window that is already over."""
         assert self._next_window is not None
-        used_up = self._order.exhausted(self._next_window)
-        self.cursor = replace(self.cursor, window=self._next_window, row=0, exhausted=used_up)
+        assert self._plan is not None
+        carried = self._plan.carried
+        used_up = self._order.exhausted(self._next_window) and not carried
+        self.cursor = replace(self.cursor, window=self._next_window, carried=carried, row=0, exhausted=used_up)
         self._plan = None

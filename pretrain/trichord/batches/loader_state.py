@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from trichord.core.errors import CheckpointError
@@ -23,22 +23,26 @@ _TALLY_BITS = 128
 class LaneCursor:
     """Position of one lane between two steps.
 
-    window: planner state at the start of the current window; row: rows of that window already given.
+    window: planner state at the start of the current window; carried: samples that the window before left over for it;
+    row: rows of that window already given.
     chain: running digest of the references of every row so far, one link per row, empty rows too.
     exhausted: no sample is left in this lane, for good.
     """
 
     window: LaneState
+    carried: tuple[SampleRef, ...] = ()
     row: int = 0
     chain: str = _EMPTY_CHAIN
     exhausted: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "window": self.window.to_json()}
+        fields = {**self.__dict__, "window": self.window.to_json(), "carried": [list(ref) for ref in self.carried]}
+        return fields if self.carried else {k: v for k, v in fields.items() if k != "carried"}
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> LaneCursor:
-        cursor = LaneCursor(**{**fields, "window": LaneState.from_json(fields["window"])})
+        carried = tuple(SampleRef(*map(int, ref)) for ref in fields.get("carried", ()))
+        cursor = LaneCursor(**{**fields, "window": LaneState.from_json(fields["window"]), "carried": carried})
         bytes.fromhex(cursor.chain)
         return cursor
 

@@ -41,9 +41,10 @@ def lane_planner(shards: ShardsConfig, planner: SamplePlanner, seed: int) -> Lan
 
 
 def mean_tokens(planner: SamplePlanner, source: int) -> float:
-    """Mean stream tokens of the first 256 usable samples of a source, to three digits: the same on every process."""
+    """Mean stream tokens of the first 256 usable samples of a source, to three digits: the same on every process, and
+    after a followed source has grown."""
     total = counted = 0
-    for sample in range(min(planner.tables[source].num_samples, _MAX_TRIED)):
+    for sample in range(min(planner.tables[source].samples_at(0), _MAX_TRIED)):
         try:
             total += planner.plan(SampleRef(source, 0, sample))[0].length
         except (BadSample, FilteredSample):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from trichord.batches.interleave import StreamPart, segment_length
 from trichord.batches.packed_batch import SPAN_TEXT
 from trichord.batches.packing import group_rows, pack_rows, split_parts
 from trichord.batches.tokenizer import TextTokenizer
-from trichord.core.seed import derive_seed
 from trichord.samples.audio import clip_samples
 from trichord.samples.config import SamplesConfig
 from trichord.samples.filters import FilteredSample, SampleFilter
@@ -32,6 +31,9 @@ from trichord.samples.targets import read_targets
 from trichord.shards.lanes import SampleRef, keyed_permutation
 from trichord.shards.quarantine import BadSample, QuarantineRecord
 from trichord.shards.reader import SourceTable
+
+_CARRIED_FROM = 0.02
+"""Share of a row that is free, from which on its samples wait for the next window."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class PlannedSample:
     parts: its stream, [BOS] included. items: its images and clips in the order of `parts`. first_item: number of the
     first of them in the whole sample. group_id: see `PackedBatch.group_ids`. targets (C,) float32 and target_present
     (N,) bool: see `PackedBatch.targets`. key, shard: where it comes from, for messages. audio_samples: of its clips.
+    whole: no piece.
     """
 
     ref: SampleRef
@@ -78,6 +81,7 @@ class PlannedSample:
     target_present: np.ndarray
     audio_samples: int = 0
     first_item: int = 0
+    whole: bool = True
     length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -94,12 +98,13 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The rows of one window in the order in which the lane gives them, the bad samples left out of it, and how many
-    each filter left out."""
+    """The rows of one window in the order in which the lane gives them, the samples that are carried into the next
+    window, the bad ones left out, and how many each filter left out."""
 
-    rows: list[list[PlannedSample]]
-    left_out: list[LeftOut]
-    filtered: Counter[str]
+    rows: list[list[PlannedSample]] = field(default_factory=list)
+    carried: tuple[SampleRef, ...] = ()
+    left_out: list[LeftOut] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
 
 
 class SamplePlanner:
@@ -149,16 +154,51 @@ class SamplePlanner:
             raise BadSample(_too_long(planned.length, self.batches.row_tokens))
         return planned, content
 
-    def plan_window(self, refs: Sequence[SampleRef], seed: int, lane: int, window: int) -> WindowPlan:
-        """Plan all samples of a window, pack them into rows, shuffle the rows (packing put the long samples first)."""
-        plan = WindowPlan([], [], Counter())
-        planned = self._plan_all(refs, plan)
+    def plan_window(
+        self,
+        refs: Sequence[SampleRef],
+        *,
+        carried: Sequence[SampleRef] = (),
+        last: bool = False,
+        order_seed: int = 0,
+    ) -> WindowPlan:
+        """Plan all samples of a window, pack them into rows, shuffle the rows (packing put the long samples first).
+
+        Args:
+            carried: samples that the window before left over; they are planned first. last: nothing may be carried on,
+                since no window follows. order_seed: of the order of the rows.
+        """
+        plan = WindowPlan()
+        planned = self._plan_all([*carried, *refs], plan)
         lengths = [sample.length for sample in planned]
         pack = group_rows if self.batches.packing == "count" else pack_rows
         rows = pack(lengths, self.batches.row_tokens, self.batches.max_samples_per_row)
-        order = keyed_permutation(len(rows), derive_seed(seed, "rows", lane, window))
-        plan.rows.extend([planned[item] for item in rows[row]] for row in order)
+        packed = [[planned[item] for item in row] for row in rows]
+        left_over = None if last else self._left_over(packed, frozenset(carried))
+        if left_over is not None:
+            plan = replace(plan, carried=tuple(sample.ref for sample in packed.pop(left_over)))
+        plan.rows.extend(packed[row] for row in keyed_permutation(len(packed), order_seed))
         return plan
+
+    def _left_over(self, rows: Sequence[Sequence[PlannedSample]], carried: frozenset[SampleRef]) -> int | None:
+        """The row that is carried into the next window instead of being given half empty; None: all are given.
+
+        The emptiest, of those without a sample that was carried already (none waits twice) or is a piece.
+        """
+        free = {
+            number: self._free(row)
+            for number, row in enumerate(rows)
+            if all(sample.whole and sample.ref not in carried for sample in row)
+        }
+        emptiest = max(free, key=lambda number: (free[number], -number), default=None)
+        return emptiest if emptiest is not None and len(rows) > 1 and free[emptiest] > _CARRIED_FROM else None
+
+    def _free(self, row: Sequence[PlannedSample]) -> float:
+        """Share of a row that nothing fills."""
+        batches = self.batches
+        if batches.packing == "count":
+            return 1 - len(row) / batches.max_samples_per_row
+        return 1 - sum(sample.length for sample in row) / batches.row_tokens
 
     def left_out(self, ref: SampleRef, bad: BadSample) -> LeftOut:
         """The quarantine line of a sample: where it is and what is wrong with it."""
@@ -242,7 +282,7 @@ class SamplePlanner:
             planned.append(
                 PlannedSample(
                     *(sample.ref, sample.key, sample.shard, tuple(parts), items, sample.group_id),
-                    *(sample.targets, sample.target_present, clips, first_item),
+                    *(sample.targets, sample.target_present, clips, first_item, False),
                 )
             )
             first_item += count

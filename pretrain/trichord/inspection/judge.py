@@ -58,7 +58,7 @@ def judge(job: SampleRange) -> Judged:
         return _judge_alone(job, table)
     planner = shard_planner(job.target, table)
     refs = [SampleRef(0, 0, number) for number in range(job.start, job.stop)]
-    plan = planner.plan_window(refs, seed=0, lane=0, window=0)
+    plan = planner.plan_window(refs, last=True)
     judged = Judged(len(refs), [item.record for item in plan.left_out], Counter(plan.filtered))
     seen: set[SampleRef] = set()  # a sample cut into pieces is one sample
     for planned in sorted((sample for row in plan.rows for sample in row), key=lambda one: one.ref):

@@ -1,6 +1,7 @@
 """Chats, long samples, filters, targets, packing by count and dealing, through the whole loader."""
 
 import itertools
+import json
 from collections import Counter
 from contextlib import closing
 
@@ -151,3 +152,46 @@ def test_tally_of_what_is_left_out_follows_the_finder(corpus):
     assert len({state.quarantine_digest() for state in states.values()}) == 1
     resumed = [corpus.loader(rank, 3, states[2], rows_per_step=8) for rank in range(3)]
     assert LoaderState.merge([loader.state for loader in resumed]).to_json() == states[2].to_json()
+
+
+def test_half_empty_rows_wait_for_the_next_window(corpus):
+    """Every sample once all the same, and none is put off twice."""
+
+    def useful(steps):
+        return sum(s.stats.useful_tokens for s in steps), sum(s.stats.row_tokens for s in steps if s.stats.samples)
+
+    steps, tables = epoch_of(
+        corpus, corpus.shards(epochs=1, window_samples=16), rows_per_step=1, max_samples_per_row=20
+    )
+    assert any(cursor.carried for step in steps for cursor in step.state.lanes.values())
+    used = Counter(key for key, _, _ in segments_of(steps, tables))
+    assert set(used.values()) == {1}
+    carried = Counter(
+        tuple(ref)
+        for before, step in itertools.pairwise(steps)
+        if before.state.lanes[0].window.window != step.state.lanes[0].window.window
+        for ref in step.state.lanes[0].carried
+    )
+    assert carried
+    assert set(carried.values()) == {1}
+    tokens, places = useful(steps)
+    assert tokens / places > 0.9
+
+
+def test_a_state_with_samples_that_wait_goes_on_the_same(corpus):
+    def run(steps, state=None):
+        loader = Loader(
+            *(corpus.shards(window_samples=16), SAMPLES, corpus.batches(rows_per_step=2)),
+            **{"seed": 7, "lengths": LENGTHS, "state": state},
+        )
+        return list(itertools.islice(loader, steps))
+
+    whole = run(24)
+    waiting = [n for n, step in enumerate(whole) if any(c.carried for c in step.state.lanes.values())]
+    assert waiting
+    for stop in waiting[:: max(1, len(waiting) // 4)]:
+        state = LoaderState.from_json(json.loads(json.dumps(whole[stop].state.to_json())))
+        resumed = run(24 - stop - 1, state)
+        assert [_rows(step) for step in resumed] == [_rows(step) for step in whole[stop + 1 :]]
+        if resumed:
+            assert resumed[-1].state == whole[-1].state
