@@ -101,7 +101,7 @@ def read_cell(part: CellPart) -> bytes:
 
 
 def _place(file: Path, batch: int, row: int, column: str) -> CellPlace:
-    return CellPlace(str(file), batch, row, (column,))
+    return CellPlace(str(file.absolute()), batch, row, (column,))
 
 
 def _saved_files(folder: Path) -> list[Path]:

@@ -206,7 +206,8 @@ def _list_rows(
 def _tasks(folder: Path, plan: dict[str, Any], check: bool, on_bad: str, fields: FieldsConfig) -> list[ShardTask]:
     options = (check, on_bad, fields.model_dump())
     return [
-        ShardTask(str(folder), number, first, last, *options) for number, (_, first, last) in enumerate(plan["shards"])
+        ShardTask(str(folder.absolute()), number, first, last, *options)
+        for number, (_, first, last) in enumerate(plan["shards"])
     ]
 
 

@@ -66,8 +66,9 @@ def source_identity(source: Path, kind: str, options: ConvertOptions) -> dict[st
         from trichord.building.arrow import dataset_files
 
         files = dataset_files(source, options.split)
-    given = {name: value if isinstance(value, (str, dict)) else str(value) for name, value in options.given().items()}
-    stamps = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    given = options.given()
+    given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in given.items()}
+    stamps = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"kind": kind, "source": str(source.resolve()), "options": given, "files": stamps}
 
 

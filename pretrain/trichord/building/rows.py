@@ -15,7 +15,7 @@ _USTAR_NAME_BYTES = 100
 
 
 class FilePart(NamedTuple):
-    """A whole file that had `size` bytes when the build was planned."""
+    """A whole file that had `size` bytes when the build was planned. Paths in parts are absolute: they travel."""
 
     path: str
     size: int
@@ -110,6 +110,6 @@ def tar_bytes(row: BuildRow) -> int:
 
 def _file_part(path: Path) -> FilePart:
     try:
-        return FilePart(str(path), path.stat().st_size)
+        return FilePart(str(path.absolute()), path.stat().st_size)
     except OSError as error:
         raise BadSample(f"cannot read {path} ({error.strerror}); check the path") from error

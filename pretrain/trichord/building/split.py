@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from trichord.shards.config import FieldsConfig
 from trichord.shards.index import load_header
 from trichord.shards.members import FoundMember, WalkReport, is_unsafe, walk_members
 from trichord.shards.quarantine import BadSample
+from trichord.shards.sources import is_remote, local_path
 from trichord.shards.storage import open_shard, shard_identity
 
 _log = get_logger(__name__)
@@ -94,7 +96,7 @@ def split_shards(
         ConfigError, DataError: as `build`; a sample without its group is bad.
     """
     fields = fields or FieldsConfig()
-    identity = {"split": dict(of), "shards": {url: shard_identity(url) for url in urls}}
+    identity = {"split": dict(of), "shards": [[url, shard_identity(url)] for url in urls]}
     rows = _rows(urls, group_of, fields)
     result = build(rows, out_dir, layout, identity=identity, fields=fields, check_contents=False, **options)
     write_atomically(Path(out_dir) / SOURCES_FILE, _overlay(result, Path(out_dir), layout.prefix))
@@ -104,6 +106,7 @@ def split_shards(
 def _rows(urls: Sequence[str], group_of: GroupOf, fields: FieldsConfig) -> Iterator[BuildRow | BadRow]:
     groups: dict[str, str] = {}
     for url in urls:
+        url = url if is_remote(url) else os.path.abspath(local_path(url))
         for key, members, meta in _samples(url, fields):
             origin = f"{url}, sample {key!r}"
             try:

@@ -201,6 +201,13 @@ def test_a_build_goes_on_after_a_crash_between_renames(source, tmp_path, monkeyp
     assert make(source, tmp_path / "out") == make(source, tmp_path / "undisturbed")
 
 
+def test_a_build_goes_on_from_another_folder(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _cut_off(Path("data"), Path("out"), monkeypatch, 2)
+    monkeypatch.chdir(source)
+    assert make(Path("elsewhere"), Path("../out")) == make(source, tmp_path / "undisturbed")
+
+
 def test_a_half_done_build_of_something_else_is_left_alone(source, tmp_path, monkeypatch):
     _cut_off(source, tmp_path / "out", monkeypatch, 2)
     with pytest.raises(
