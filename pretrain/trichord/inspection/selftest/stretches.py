@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def _run_rank(
 ) -> tuple[str, Seen]:
     """One rank's state as JSON text and what came to it."""
     batches = mixture.batches.model_copy(update={"num_workers": shape.num_workers, "deal_ranks": shape.deal_ranks})
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)  # torch counts cores
     loader = Loader(
         mixture.shards, mixture.samples, batches,
         seed=seed, lengths=LENGTHS, rank=rank, world_size=shape.world_size, state=start,
