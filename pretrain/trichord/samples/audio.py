@@ -1,6 +1,7 @@
 """Audio bytes to 16-bit mono at the model's rate. Log-mel happens on the model's device, or in encoders/log_mel.py.
 
 Plain WAV is read by samples/wav.py, plain FLAC by samples/flac.py, everything else by libsndfile.
+Why: docs/decisions/image-and-audio-decoders.md.
 """
 
 from __future__ import annotations
