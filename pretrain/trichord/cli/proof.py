@@ -29,7 +29,7 @@ def data_fuzz(
 
     with work_progress("fuzz", cases) as advance:
         report = run_campaign(cases, seed=seed, workers=workers, first=first, out=out, on_case=lambda: advance(1))
-    print_rows([{"kind of fault": name, **counts} for name, counts in sorted(report.families.items())])
+    print_rows(report.rows())
     print(
         f"\n{report.cases} cases in {report.seconds:.0f} s: {dict(report.outcomes)}; "
         f"slowest {report.slowest_seconds:.2f} s (case {report.slowest_case}), at most {report.peak_mib:.0f} MiB"

@@ -12,6 +12,7 @@ UNSAFE_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 """Members that hold pickled code. They are never opened: reading one can run it."""
 
 _BLOCK = 512
+_MAX_NAME_BYTES = 4096  # PATH_MAX: no file system has made a longer one
 _MAX_RECORDS = 64
 _MAX_RECORD_BYTES = 1 << 20
 _RECORDS = (
@@ -130,7 +131,7 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
             tar.records = 0
             info = tar.next()
             if info is not None and info.size < 0:
-                raise tarfile.ReadError(f"member {info.name!r} has a size of {info.size} bytes")
+                raise tarfile.ReadError(f"a member has a size of {info.size} bytes")
         except _HEADER_ERRORS as error:
             report.damage = (
                 f"cut or damaged after member {report.last_member!r}, at byte {tar.offset} of {size} ({error})"
@@ -140,11 +141,11 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
             report.damage = _damage_at_end(file, tar.offset, size, report.last_member)
             return
         tar.members = []  # tarfile keeps every header it has met; a shard can hold millions
-        report.last_member = info.name
+        report.last_member = info.name[:_MAX_NAME_BYTES]
         found = _found(tar, info, report) if info.isfile() else None
         if info.isfile() and info.offset_data + info.size > size:
             report.damage = (
-                f"member {info.name!r} is cut: it needs {info.size} bytes at byte {info.offset_data}, "
+                f"member {report.last_member!r} is cut: it needs {info.size} bytes at byte {info.offset_data}, "
                 f"and the file ends at byte {size}"
             )
             report.cut_key = (split_name(info.name) or (None,))[0]
@@ -155,7 +156,8 @@ def walk_members(file: IO[bytes], size: int, url: str, report: WalkReport) -> It
 
 def _found(tar: tarfile.TarFile, info: tarfile.TarInfo, report: WalkReport) -> FoundMember | None:
     """The member as part of a sample; None, counted, if it is none."""
-    parts = None if _WEBDATASET_META.match(info.name) or info.issparse() else split_name(info.name)
+    skipped = _WEBDATASET_META.match(info.name) or info.issparse() or _is_too_long(info.name)
+    parts = None if skipped else split_name(info.name)
     if parts is None:
         report.other_members += 1
         return None
@@ -165,6 +167,10 @@ def _found(tar: tarfile.TarFile, info: tarfile.TarInfo, report: WalkReport) -> F
     file = tar.extractfile(info)
     assert file is not None, "tarfile opens every regular member"
     return FoundMember(key, MemberRef(ext.lower(), info.name, info.offset_data, info.size), ext, file)
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name) > _MAX_NAME_BYTES or len(name.encode(errors="surrogateescape")) > _MAX_NAME_BYTES
 
 
 def _refuse_compressed(file: IO[bytes], url: str) -> None:

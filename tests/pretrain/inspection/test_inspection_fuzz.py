@@ -21,6 +21,8 @@ def test_a_few_cases_end_in_samples_quarantine_or_a_message(tmp_path):
     assert report.cases == 40
     assert report.outcomes.keys() <= {"samples", "left out", "refused"}
     assert len(report.outcomes) == 3
+    assert json.loads(json.dumps(report.to_json()))["outcomes"] == report.outcomes
+    assert {row["kind of fault"] for row in report.rows()} == report.families.keys()
 
 
 @pytest.mark.slow

@@ -115,3 +115,12 @@ def test_a_generous_bound_costs_no_memory(tmp_path):
     assert read_whole(str(tmp_path / "small"), 1 << 50) == b"hello"
     with pytest.raises(DataError, match="more than 4 bytes"):
         read_whole(str(tmp_path / "small"), 4)
+
+
+def test_name_that_no_file_system_has_made_is_of_no_sample(tmp_path):
+    name = "d/" * 9000 + "x.txt"
+    record = f"{len(name) + 12} path={name}\n".encode()
+    assert len(record) == len(name) + 12
+    index = build_index(tar_with(tmp_path / "shard.tar", records=header(tarfile.XHDTYPE, len(record), record)))
+    assert [index.entry(number).key for number in range(index.num_samples)] == ["1"]
+    assert index.damage is None

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -45,7 +45,16 @@ class Report:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        counts = {"outcomes": dict(self.outcomes), "families": {name: dict(by) for name, by in self.families.items()}}
+        return {**vars(self), **counts}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A table: kinds of fault against outcomes."""
+        kinds = [kind for kind in ("samples", "left out", "refused", "fault") if kind in self.outcomes]
+        return [
+            {"kind of fault": name, **{kind: counts[kind] for kind in kinds}}
+            for name, counts in sorted(self.families.items())
+        ]
 
 
 class _Child:

@@ -14,6 +14,7 @@ from trichord.shards.config import FiltersConfig, MetaFilter, ShardsConfig, Sour
 from trichord.shards.reader import open_sources
 
 MAX_MESSAGE_CHARS = 4000
+MAX_LINE_CHARS = 30_000  # of a quarantine record: a name of 4,096 bytes may be in it twice, with escapes
 _MAX_STEPS = 3000
 _LENGTHS = ItemLengths(image=lambda width, height: (2, 3), audio=lambda samples: 1 + samples // 1600)
 _FILTERS = FiltersConfig(
@@ -91,7 +92,7 @@ def _drive(url: str, tokenizer: str, options: dict[str, bool], cache_dir: str) -
         return Outcome("fault", detail=f"not used up after {_MAX_STEPS} steps of a shard with {total} samples")
     records += loader.damage_records
     longest = max((json.dumps(asdict(record)) for record in records), key=len, default="")
-    if len(longest) > 2 * MAX_MESSAGE_CHARS:
+    if len(longest) > MAX_LINE_CHARS:
         return Outcome("fault", detail=f"a quarantine line of {len(longest)} characters: {longest[:300]}")
     # A long sample is split into segments, and can be bad in one of them.
     if (
