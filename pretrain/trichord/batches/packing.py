@@ -10,11 +10,14 @@ from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import SPAN_TEXT
 
 
-def pack_rows(lengths: Sequence[int], row_tokens: int, max_samples_per_row: int) -> list[list[int]]:
+def pack_rows(
+    lengths: Sequence[int], row_tokens: int, max_samples_per_row: int, num_waiting: int = 0
+) -> list[list[int]]:
     """Distribute items over rows of at most `row_tokens` tokens and `max_samples_per_row` items.
 
     Longest first (ties: the earlier item); each goes into the row that it leaves the least room in (ties: the earlier
-    row), a new row where none has room. Johnson et al. 1974 bound the result by 11/9 of the optimum.
+    row), a new row where none has room. Johnson et al. 1974 bound the result by 11/9 of the optimum. The first
+    `num_waiting` items are placed before all others, so that the row left over at the end has none of them.
 
     Returns:
         Rows of item numbers, each row in the order of the items, rows in the order they were opened.
@@ -24,7 +27,7 @@ def pack_rows(lengths: Sequence[int], row_tokens: int, max_samples_per_row: int)
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row number) of rows that may still take an item, ascending
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for item in sorted(range(len(lengths)), key=lambda i: (i >= num_waiting, -lengths[i], i)):
         length = lengths[item]
         _check_fits(item, length, row_tokens)
         found = bisect_left(open_rows, (length, -1))

@@ -168,17 +168,21 @@ class SamplePlanner:
             carried: samples that the window before left over; they are planned first. last: nothing may be carried on,
                 since no window follows. order_seed: of the order of the rows.
         """
-        plan = WindowPlan()
+        plan, waiting = WindowPlan(), frozenset(carried)
         planned = self._plan_all([*carried, *refs], plan)
-        lengths = [sample.length for sample in planned]
-        pack = group_rows if self.batches.packing == "count" else pack_rows
-        rows = pack(lengths, self.batches.row_tokens, self.batches.max_samples_per_row)
+        rows = self._pack([sample.length for sample in planned], sum(s.ref in waiting for s in planned))
         packed = [[planned[item] for item in row] for row in rows]
-        left_over = None if last else self._left_over(packed, frozenset(carried))
+        left_over = None if last else self._left_over(packed, waiting)
         if left_over is not None:
             plan = replace(plan, carried=tuple(sample.ref for sample in packed.pop(left_over)))
         plan.rows.extend(packed[row] for row in keyed_permutation(len(packed), order_seed))
         return plan
+
+    def _pack(self, lengths: list[int], num_waiting: int) -> list[list[int]]:
+        batches = self.batches
+        if batches.packing == "count":
+            return group_rows(lengths, batches.row_tokens, batches.max_samples_per_row)
+        return pack_rows(lengths, batches.row_tokens, batches.max_samples_per_row, num_waiting)
 
     def _left_over(self, rows: Sequence[Sequence[PlannedSample]], carried: frozenset[SampleRef]) -> int | None:
         """The row that is carried into the next window instead of being given half empty; None: all are given.

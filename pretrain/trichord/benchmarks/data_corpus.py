@@ -78,9 +78,9 @@ def _write_corpus(folder: Path, num_samples: int) -> Corpus:
             with tarfile.open(url, "w", format=tarfile.USTAR_FORMAT) as tar:
                 for number, (jpeg, clip, caption) in enumerate(samples[start : start + SAMPLES_PER_SHARD], start):
                     audio = _encode_clip(clip, kind)
-                    _add(tar, f"{number:06d}.jpg", jpeg)
-                    _add(tar, f"{number:06d}.{kind}", audio)
-                    _add(tar, f"{number:06d}.txt", caption.encode())
+                    add_member(tar, f"{number:06d}.jpg", jpeg)
+                    add_member(tar, f"{number:06d}.{kind}", audio)
+                    add_member(tar, f"{number:06d}.txt", caption.encode())
                     sizes += (len(jpeg), len(audio)) if kind == "flac" else 0
     image_kb, flac_kb = sizes / num_samples / 1000
     tokens = float(np.mean([len(tokenizer.encode(caption)) for caption in captions]))
@@ -88,7 +88,7 @@ def _write_corpus(folder: Path, num_samples: int) -> Corpus:
     return Corpus(flacs, wavs, str(folder / "tokenizer"), num_samples, float(image_kb), float(flac_kb), tokens)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -139,10 +139,15 @@ def _encode_clip(clip: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _captions(count: int) -> Iterator[str]:
+def documentation_words() -> list[str]:
+    """The words of Python's own documentation, in order."""
     from pydoc_data.topics import topics
 
-    words = " ".join(text for _, text in sorted(topics.items())).split()
+    return " ".join(text for _, text in sorted(topics.items())).split()
+
+
+def _captions(count: int) -> Iterator[str]:
+    words = documentation_words()
     rng = np.random.default_rng(2)
     for _ in range(count):
         start = int(rng.integers(0, len(words) - _CAPTION_WORDS))

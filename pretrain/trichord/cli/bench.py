@@ -70,6 +70,21 @@ def bench_data(
     return EXIT_DONE
 
 
+@bench_app.command("packing")
+def bench_packing(
+    samples: Annotated[int, typer.Option(min=100, help="Samples to make and plan.")] = 10_000,
+    window: Annotated[int, typer.Option(min=1, help="shards.window_samples")] = 256,
+    json_file: JsonFile = None,
+) -> None:
+    """Share of row tokens that is useful: planned per window, concatenated in order, and padded."""
+    from trichord.benchmarks.packing import bench_packing as run_bench
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_bench(Path(folder), samples, window)
+    print_rows(rows)
+    write_json(json_file, rows)
+
+
 def _target_row(target: dict) -> dict:
     sign = "at most" if target["at_most"] else "at least"
     verdict = "met" if target["met"] else "MISSED"
