@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def test_many_cases_end_in_samples_quarantine_or_a_message(tmp_path):
     assert report.findings == []
     assert report.cases == 300
     assert report.peak_mib < 1200
+
+
+@pytest.mark.slow
+def test_verb_prints_a_table_and_writes_what_it_counted(tmp_path):
+    command = [sys.executable, "-m", "trichord.cli", "data", "fuzz", "--cases", "3", "--workers", "1"]
+    command += ["--out", str(tmp_path / "findings"), "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "3 cases in" in done.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["cases"] == 3
+    assert not (tmp_path / "findings").exists()
 
 
 def test_case_is_a_pure_function_of_seed_and_number(tmp_path):
@@ -85,6 +97,10 @@ def grow(url):
     return Outcome("samples", detail=str(len(bytearray(3 * 2**30))))
 
 
+def differ(url):
+    return Outcome("samples", detail=str(time.monotonic_ns()))
+
+
 def unclear(url):
     raise KeyError("x")
 
@@ -102,6 +118,7 @@ def refuse(url):
         (read_secret, "reached outside: open '/etc/passwd' for reading"),
         (start_process, "reached outside: subprocess.Popen"),
         (grow, "MemoryError"),
+        (differ, "the second reading differs"),
         (unclear, "KeyError: 'x'"),
         (refuse, "DataError"),
     ],

@@ -1,5 +1,8 @@
 """The proof of order in its short form; and that it would notice a sample lost, doubled or let through."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +21,17 @@ def test_mixture_with_stops_is_the_mixture_undisturbed():
     assert {leg["world_size"] for leg in report["stretches"]} == {1, 2, 3, 4, 6, 8}
     assert report["digest"] == report["digest_with_stops"]
     assert report["quarantine_digest"] == report["quarantine_digest_with_stops"]
+
+
+@pytest.mark.slow
+def test_verb_names_each_stretch_and_says_that_nothing_differs(tmp_path):
+    command = [sys.executable, "-m", "trichord.cli", "data", "selftest", "--samples", "500", "--stops", "2"]
+    command += ["--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stretch 3: steps" in done.stdout
+    assert "every good sample came exactly once per epoch" in done.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["faults"] == []
 
 
 def test_small_mixture_with_stops_in_one_process(monkeypatch):
@@ -48,6 +62,7 @@ def spoiled(change):
     return instead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -63,6 +78,7 @@ def test_sample_lost_doubled_or_let_through_is_a_fault(change, said, monkeypatch
     assert any(said in fault for fault in report["faults"])
 
 
+@pytest.mark.slow
 def test_another_end_is_a_fault(monkeypatch):
     monkeypatch.setattr(proof, "MAX_WORKERS", 0)
     run = stretches.run_stretch
