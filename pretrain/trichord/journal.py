@@ -10,8 +10,9 @@ from typing import IO, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from trichord.batches.loader import StepBatch
+from trichord.batches.loader import StepBatch, StepStats
 from trichord.checkpoints.load import LoadedState
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
@@ -23,6 +24,7 @@ from trichord.engine.step import StepResult
 from trichord.engine.together import gather_lists
 from trichord.objectives.combine import total_loss
 from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_bad_fraction
+from trichord.tracking.data_record import DataRecord
 from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
@@ -38,6 +40,7 @@ class Progress:
     tokens_seen: int = 0
     samples_seen: int = 0
     bad_samples: int = 0
+    filtered_samples: int = 0
     skipped_in_a_row: int = 0
 
     @classmethod
@@ -49,6 +52,7 @@ class Progress:
         self.tokens_seen += int(result.counts["useful_tokens"])
         self.samples_seen += int(result.counts["samples"])
         self.bad_samples += int(result.counts["bad_samples"])
+        self.filtered_samples += int(result.counts["filtered"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
 
     def check(self, config: RunConfig, batch: StepBatch, recorder: Recorder) -> None:
@@ -67,13 +71,15 @@ class Progress:
 class Recording:
     """Turns steps into log lines every `log_every_steps`; between them nothing is read from the device."""
 
-    def __init__(self, config: RunConfig, recorder: Recorder, device: torch.device, folder: Path):
+    def __init__(self, config: RunConfig, recorder: Recorder, device: torch.device, folder: RunFolder, step: int):
+        """step: steps taken so far."""
         self.every = config.tracking.log_every_steps
         self.objectives = config.objectives
         self.names = [source.name for source in config.shards.sources]
         self.recorder = recorder
         self.device = device
-        self.quarantine = QuarantineLog(folder / "quarantine.jsonl")
+        self.quarantine = QuarantineLog(folder.path / "quarantine.jsonl")
+        self.data = DataRecord(folder.path / "data.json", step if folder.kind == "resume" else 0)
         self.window = Window()
 
     def damaged(self, records: list[QuarantineRecord]) -> None:
@@ -89,21 +95,38 @@ class Recording:
             records = gather_lists([replace(record, step=progress.step) for record in batch.stats.records])
             if dist.get_rank() == 0:
                 self.quarantine.append(records)
-        counts = {name: result.counts[name] for name in ("useful_tokens", "slots", "samples", "bad_samples")}
-        per_source = {f"source/{name}": n for name, n in batch.stats.samples_per_source.items()}
+        stats = batch.stats
+        counts = {
+            name: result.counts[name] for name in ("useful_tokens", "slots", "samples", "bad_samples", "filtered")
+        }
+        per_source = {f"source/{name}": n for name, n in stats.samples_per_source.items()}
         self.window.add({**counts, **result.seconds, **per_source, "wait": wait_s})
+        per_shard = stats.samples_per_shard
+        self.data.add(samples_per_source=stats.samples_per_source, samples_per_shard=per_shard, filtered=stats.filtered)
         if progress.step % self.every == 0:
-            self._log(progress, result, lr)
+            self._log(progress, result, batch.stats, lr)
 
-    def _log(self, progress: Progress, result: StepResult, lr: float) -> None:
+    def checkpoint(self, step: int) -> None:
+        """Bring `data.json` up to the checkpoint that is being saved; called on every rank."""
+        counts = gather_lists([self.data.own()])
+        if dist.get_rank() == 0:
+            self.data.write(step, counts)
+
+    def _log(self, progress: Progress, result: StepResult, stats: StepStats, lr: float) -> None:
         names = sorted(result.losses)
         own = [result.losses[name] for name in names]
         draws = [self.window.sums.get(f"source/{name}", 0.0) for name in self.names]
+        costs = torch.zeros(2, dist.get_world_size(), dtype=torch.float32, device=self.device)
+        costs[:, dist.get_rank()] = torch.tensor([stats.cost, stats.cost_undealt])
         shares = torch.stack([*own, *torch.tensor(draws, dtype=torch.float32, device=self.device)])
-        dist.all_reduce(shares)
-        values = shares.tolist()  # the one read of metrics from the device
-        losses, draws = dict(zip(names, values)), values[len(names) :]
-        self.recorder.metrics(progress.step, self._line(progress, result, losses, draws, lr))
+        sums = torch.cat([shares, costs.flatten()])
+        dist.all_reduce(sums)
+        values = sums.tolist()  # the one read of metrics from the device
+        losses, draws = dict(zip(names, values)), values[len(names) : len(shares)]
+        line = self._line(progress, result, losses, draws, lr)
+        dealt, undealt = torch.tensor(values[len(shares) :]).view(2, -1)
+        line |= {"data/imbalance": _imbalance(dealt), "data/imbalance_undealt": _imbalance(undealt)}
+        self.recorder.metrics(progress.step, line)
         self.window = Window()
 
     def _line(
@@ -127,10 +150,17 @@ class Recording:
             "speed/update_ms": window.mean_ms("update"),
             "data/useful_tokens_frac": sums["useful_tokens"] / max(1.0, sums["slots"]),
             "data/bad_samples": progress.bad_samples,
+            "data/filtered_samples": progress.filtered_samples,
             "memory/peak_gib": _peak_memory_gib(self.device),
         }
         total = max(1.0, sum(draws))
         return line | {f"data/mix_frac/{name}": count / total for name, count in zip(self.names, draws)}
+
+
+def _imbalance(costs: Tensor) -> float:
+    """The most loaded rank over the mean, by predicted cost; 1 is balance."""
+    total = float(costs.sum())
+    return float(costs.max()) * len(costs) / total if total else 1.0
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch, count_steps
 from trichord.batches.tokenizer import load_tokenizer
+from trichord.batches.transfer import move_ahead
 from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
 from trichord.checkpoints.save import CheckpointSaver, put_back_replaced, require_writable
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
@@ -116,13 +117,13 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
     log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
-    recording = Recording(config, recorder, device, folder.path)
+    recording = Recording(config, recorder, device, folder, progress.step)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
         tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
     stopping = progress.step >= total_steps
-    steps = iter(loader)
+    steps = move_ahead(iter(loader), device)
     while not stopping:
         waited = time.monotonic()
         batch: StepBatch = next(steps)
@@ -137,6 +138,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state)
+            recording.checkpoint(progress.step)
         if (saved := saver.poll()) is not None:
             recorder.event("checkpoint", saved)
 
@@ -147,6 +149,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder.event("end", progress.step, finished=finished, checkpoint_saved=saved)
     watch.stop()
     recorder.close(code)
+    steps.close()
     loader.close()
     verdict.ended(finished, saved, stop.name)
     log.info("%s", closing_line(finished, progress.step, stop.name))
@@ -259,6 +262,7 @@ def local_counts(batch: StepBatch, stop: StopFlag) -> dict[str, float]:
     return {
         "samples": batch.stats.samples,
         "bad_samples": batch.stats.bad_samples,
+        "filtered": sum(batch.stats.filtered.values()),
         "stop": float(stop.is_set),
     }
 

@@ -127,7 +127,7 @@ def train_steps(facts, engine, stepper: Stepper, engine_config: EngineConfig, mi
     for step in steps:
         set_lr(engine, engine_config.lr)
         batches = micro_batches(step, facts.rank, facts.world_size, micro_rows)
-        result = stepper.run(batches, {"samples": 0.0, "bad_samples": 0.0, "stop": 0.0})
+        result = stepper.run(batches, {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0})
         names = sorted(result.losses)
         losses = torch.stack([result.losses[name] for name in names])
         dist.all_reduce(losses)

@@ -48,7 +48,8 @@ class StepStats:
     samples: used; samples_per_source, samples_per_shard: the same by name of the source and by URL of the shard.
     bad_samples: left out at this step, by their index, text or content; records: one per bad sample. filtered: samples
     left out by filters, by reason. useful_tokens of row_tokens are no slack. wait_seconds: time the caller waited for
-    the step's rows. cost: of this rank's rows, as predicted. imbalance: the most loaded rank of this rank's deal group
+    the step's rows. cost: of this rank's rows, as predicted; cost_undealt: of those it would
+    have without dealing. imbalance: the most loaded rank of this rank's deal group
     over the group's mean, by predicted cost: as the rows lie, and as they were dealt.
     """
 
@@ -61,6 +62,7 @@ class StepStats:
     filtered: dict[str, int]
     wait_seconds: float
     cost: float
+    cost_undealt: float
     imbalance: tuple[float, float]
     records: tuple[QuarantineRecord, ...]
 
@@ -228,6 +230,7 @@ class Loader:
             filtered=dict(planned.filtered),
             wait_seconds=wait_seconds,
             cost=planned.cost,
+            cost_undealt=planned.cost_undealt,
             imbalance=planned.imbalance,
             records=records,
         )

@@ -22,7 +22,8 @@ class PlannedStep:
 
     rows: this rank's, in micro-step order. cursors: of all lanes that this rank plans, after the step. left_out and
     filtered: in the lanes whose state it keeps. per_shard: samples of its rows by URL of the shard. cost: predicted, of
-    its rows. imbalance: the most loaded rank of its group over the mean, as the rows lie and as they are dealt.
+    its rows; cost_undealt: of those it would have without dealing. imbalance: the most loaded rank of its group over
+    the mean, as the rows lie and as they are dealt.
     """
 
     rows: tuple[list[PlannedSample], ...]
@@ -31,6 +32,7 @@ class PlannedStep:
     filtered: Counter[str]
     per_shard: Counter[str]
     cost: float
+    cost_undealt: float
     imbalance: tuple[float, float]
 
 
@@ -75,6 +77,7 @@ class StepPlanner:
             filtered=sum((row.filtered for row in kept), Counter()),
             per_shard=Counter(sample.shard for row in own for sample in rows[row].samples),
             cost=sum(costs[row] for row in own),
+            cost_undealt=sum(costs[row] for row in layout.rows[layout.place]),
             imbalance=(deal.before, deal.after),
         )
 

@@ -21,7 +21,7 @@ from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
 # What the one count all-reduce of a step carries.
-COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "stop")
+COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "filtered", "stop")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Stepper:
         self.zero_stage = engine.zero_optimization_stage()
 
     def run(self, micro_batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> StepResult:
-        """One step. `local_counts` has this rank's `samples`, `bad_samples` and `stop`; the rest is counted here.
+        """One step. `local_counts` has this rank's `samples`, `bad_samples`, `filtered`, `stop`; the rest is counted.
 
         The stop flag travels with the counts: when the returned count `stop` is above 0, every rank knows it at the
         same step.

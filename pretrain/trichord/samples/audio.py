@@ -6,9 +6,6 @@ Why: docs/decisions/image-and-audio-decoders.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 
 from trichord.core.errors import TrichordError
@@ -16,6 +13,7 @@ from trichord.samples.augment import changes_waveforms, fit_length, jitter_wavef
 from trichord.samples.config import AudioConfig
 from trichord.samples.flac import decode_flac, read_flac_header
 from trichord.samples.image import describe_fault
+from trichord.samples.member import MemberReader
 from trichord.samples.sound_file import read_sound_file
 from trichord.samples.wav import read_wav_frames, read_wav_header
 from trichord.shards.quarantine import BadSample
@@ -25,18 +23,6 @@ _MAX_CHANNELS = 64
 _RATES = (100, 1_000_000)
 """In Hz. Beyond these a header lies, and the resampler's filter would grow with the ratio of the rates."""
 _HEADER_BYTES = 64
-
-
-@dataclass(frozen=True)
-class MemberReader:
-    """A member that is read in parts. size: its bytes; read: (offset, size) -> bytes, shorter only at its end."""
-
-    size: int
-    read: Callable[[int, int], bytes]
-
-    @classmethod
-    def of(cls, data: bytes) -> MemberReader:
-        return cls(len(data), lambda offset, size: data[offset : offset + size])
 
 
 def clip_samples(frames: int, rate: int, config: AudioConfig) -> int:
@@ -49,6 +35,11 @@ def clip_samples(frames: int, rate: int, config: AudioConfig) -> int:
         BadSample: empty, no rate of audio, or longer than `max_seconds` where long clips are dropped.
     """
     return _output_length(_used_frames(frames, rate, config), rate, config)
+
+
+def is_cropped(frames: int, rate: int, config: AudioConfig) -> bool:
+    """Whether a clip is longer than it may be. Then it is worth a `MemberReader`; a whole one is best read at once."""
+    return frames > config.max_seconds * rate
 
 
 def decode_audio(
@@ -100,7 +91,7 @@ def _used_frames(frames: int, rate: int, config: AudioConfig) -> int:
         raise BadSample(f"the audio has {frames} frames at {rate} Hz; expected at least one")
     if not _RATES[0] <= rate <= _RATES[1]:
         raise BadSample(f"the audio is sampled at {rate} Hz; expected {_RATES[0]} to {_RATES[1]}")
-    if frames <= config.max_seconds * rate:
+    if not is_cropped(frames, rate, config):
         return frames
     if config.long_clips == "crop":
         return max(1, int(config.max_seconds * rate))
@@ -142,5 +133,5 @@ def _read(
         if samples is not None:
             return samples, flac.rate
         return read_sound_file(member, lambda *header: (start, count), flac.frames, crop=count < flac.frames)
-    crop = indexed is not None and indexed[0] > config.max_seconds * indexed[1]
+    crop = indexed is not None and is_cropped(*indexed, config)
     return read_sound_file(member, choose, indexed[0] if indexed else None, crop)

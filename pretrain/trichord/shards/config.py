@@ -58,8 +58,8 @@ class FiltersConfig(Leaf):
     min_text_chars: int | None = Field(default=None, ge=0)
     max_text_chars: int | None = Field(default=None, ge=1)
     exclude: tuple[str, ...] = ()
-    """JSON-lines files whose lines name a `shard` (its base name counts) and a `key`: the quarantine.jsonl of a run, the
-    output of `trichord data lint` or of `trichord data stats --duplicates`."""
+    """JSON-lines files whose lines name a `shard` (its base name counts) and a `key`: a run's quarantine.jsonl, what
+    `trichord data lint` and `trichord data stats --duplicates` write."""
 
 
 class SourceConfig(Leaf):
@@ -128,8 +128,8 @@ class ShardsConfig(Leaf):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     group_weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of each group by its path, relative to the sources and groups beside it. A group keeps its share as long as
-    one source in it lasts: what runs out inside a group is made up for inside it."""
+    """Weight of each group by its path, relative to the sources and groups beside it. A group keeps its share as long
+    as one source in it lasts: what runs out inside a group is made up for inside it."""
     weights_by: Literal["samples", "tokens"] = "samples"
     """What the weights share out: draws, or tokens (by the mean length of the source's first samples)."""
     storage: StorageConfig = StorageConfig()
