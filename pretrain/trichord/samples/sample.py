@@ -14,11 +14,12 @@ import numpy as np
 
 from trichord.core.errors import TrichordError
 from trichord.core.seed import numpy_generator
-from trichord.samples.audio import clip_samples, decode_audio
+from trichord.samples.audio import clip_samples, decode_audio, is_cropped
 from trichord.samples.config import SamplesConfig
 from trichord.samples.filters import SampleFilter
 from trichord.samples.image import check_pixels, decode_image
 from trichord.samples.interleaved import Item, Turn, parse_messages
+from trichord.samples.member import open_member
 from trichord.samples.text import check_chars, decode_meta, decode_text
 from trichord.shards.config import SourceConfig
 from trichord.shards.index import SampleEntry
@@ -124,6 +125,9 @@ def decode_item(
         RuntimeError: a fault in the code, with the name of the member.
     """
     try:
+        if item.kind == "audio" and is_cropped(*item.size, config.audio):
+            member = open_member(shard, item.ref, max_member_bytes)
+            return _blamed(item.ref, lambda: decode_audio(member, config.audio, item.size, rng))
         data = read_ref(shard, item.ref, max_member_bytes)
         if item.kind == "image":
             return _blamed(item.ref, lambda: decode_image(data, config.image, item.size, rng))

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trichord.samples.member import MemberReader
 from trichord.shards.quarantine import BadSample
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
-
-    from trichord.samples.audio import MemberReader
 
 Choose = Callable[[int, int, int], tuple[int, int]]
 """(frames, rate, channels) of a clip -> first frame and number of frames to decode; raises BadSample."""

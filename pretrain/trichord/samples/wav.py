@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-Read = Callable[[int, int], bytes]
-"""(offset, size) -> that part of a member; shorter only at its end."""
+from trichord.samples.member import Read
 
 _MAX_CHUNKS = 256
 _PCM, _EXTENSIBLE = 1, 0xFFFE

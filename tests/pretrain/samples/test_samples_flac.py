@@ -51,7 +51,8 @@ def test_mono_is_bit_exact(decoder):
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
 def test_cut_files_are_refused(decoder, share):
-    with pytest.raises(BadSample, match="cannot be decoded"):
+    words = "FLAC damaged or cut short: [0-9]+ of 20000 frames" if decoder == "fast" else "cannot be decoded"
+    with pytest.raises(BadSample, match=words):
         decode_audio(MONO[: int(len(MONO) * share)], CONFIG, (20_000, 16_000))
 
 

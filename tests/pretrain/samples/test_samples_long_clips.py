@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tarfile
 import textwrap
 
 import numpy as np
@@ -10,9 +11,15 @@ import pytest
 import soundfile
 
 from trichord.core.errors import DataError
-from trichord.samples.audio import MemberReader, clip_samples, decode_audio
-from trichord.samples.config import AudioConfig
+from trichord.samples.audio import clip_samples, decode_audio
+from trichord.samples.config import AudioConfig, SamplesConfig
+from trichord.samples.interleaved import Item
+from trichord.samples.member import MemberReader
+from trichord.samples.sample import decode_item
+from trichord.shards import reader
+from trichord.shards.members import MemberRef
 from trichord.shards.quarantine import BadSample
+from trichord.shards.storage import read_range
 
 CROP = AudioConfig(sample_rate=16_000, max_seconds=1.5, long_clips="crop")
 DROP = AudioConfig(sample_rate=16_000, max_seconds=1.5)
@@ -128,8 +135,11 @@ def test_a_fault_of_the_storage_is_no_fault_of_the_sample(container, after, capf
 @pytest.mark.parametrize("container", ["WAV", "FLAC"])
 def test_a_long_clip_that_is_cut_is_refused(container):
     data = encode(speechlike(160_000), 16_000, container)
-    with pytest.raises(BadSample):
-        decode_audio(data[: len(data) // 8], CROP, (160_000, 16_000), np.random.default_rng(0))
+    for cut, rng in ((len(data) // 8, np.random.default_rng(0)), (len(data) * 7 // 8, None)):
+        if container == "FLAC" and rng is None:
+            continue  # what is decoded of it is whole, and the rest is not looked at
+        with pytest.raises(BadSample):
+            decode_audio(data[:cut], CROP, (160_000, 16_000), rng)
 
 
 def test_damaged_mp3_says_nothing_on_standard_error_of_a_worker():
@@ -168,3 +178,23 @@ def test_damaged_mp3_says_nothing_on_standard_error_of_a_worker():
         said[where] = done.stderr.split("\n")
     assert len(said["main"]) > 3  # else this test no longer shows anything
     assert said["worker"] == ["before", "after", ""]
+
+
+@pytest.mark.parametrize(("container", "most"), [("WAV", 60_000), ("FLAC", 900_000)])
+def test_from_a_shard_too_only_the_crop_is_read(container, most, tmp_path, monkeypatch):
+    """And the cap on members is for what is read, not for the clip as a whole."""
+    frames = 16_000 * 120
+    data = encode(speechlike(frames), 16_000, container)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo(f"k.{container.lower()}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+        place = 512
+    ref = MemberRef(container.lower(), info.name, place, len(data))
+    read = []
+    monkeypatch.setattr(reader, "read_range", lambda *args: read.append(args[2]) or read_range(*args))
+    item = Item("audio", ref, (frames, 16_000))
+    config = SamplesConfig(audio=CROP)
+    wave = decode_item(str(tmp_path / "a.tar"), item, config, most, np.random.default_rng(3))
+    assert (wave == decode_audio(data, CROP, (frames, 16_000), np.random.default_rng(3))).all()
+    assert sum(read) < most < len(data)

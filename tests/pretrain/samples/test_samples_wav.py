@@ -8,8 +8,9 @@ import pytest
 import soundfile
 
 import trichord.samples.audio as audio_module
-from trichord.samples.audio import MemberReader, decode_audio
+from trichord.samples.audio import decode_audio
 from trichord.samples.config import AudioConfig
+from trichord.samples.member import MemberReader
 from trichord.samples.wav import read_wav_header
 from trichord.shards.quarantine import BadSample
 
