@@ -88,6 +88,8 @@ class LenHeader:
             return None
         counts = (header.samples, header.unsafe_members)
         sound = all(count.__class__ is int and count >= 0 for count in counts) and isinstance(header.damage, str | None)
+        for facts in (header.idx, header.body):
+            sound = sound and isinstance(facts, dict) and isinstance(facts.get("blake2b"), str)
         return replace(header, **pairs) if sound else None
 
 

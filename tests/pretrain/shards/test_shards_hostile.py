@@ -58,7 +58,7 @@ def test_names_as_long_as_pax_allows_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("samples", 0.5), ("samples", True), ("samples", -1), ("unsafe_members", "many"), ("unsafe_members", []),
-     ("damage", 5), ("columns", [[["text"], "txt"]])],
+     ("damage", 5), ("columns", [[["text"], "txt"]]), ("idx", {"bytes": 5}), ("body", 5)],
 )  # fmt: skip
 def test_sidecar_header_of_wrong_types_is_made_anew(tmp_path, key, value):
     url = tar_with(tmp_path / "shard.tar")
