@@ -52,7 +52,7 @@ def make_case(seed: int, number: int) -> Case:
     for _ in range(families.count("tar")):
         shard = mangle_tar(rng, shard)
     if "gzip" in families:
-        shard, name = mangle_gzip(rng, shard), rng.choice(("shard.tar.gz", "shard.tgz", "shard.tar"))
+        shard, name = mangle_gzip(rng, shard), rng.choice((*("shard.tar.gz", "shard.tgz") * 3, "shard.tar"))
     options = {option: rng.random() < 0.5 for option in ("augment", "crop", "nfkc", "split", "filters")}
     sidecar_seed = rng.getrandbits(60) if "sidecar" in families and {"tar", "gzip"}.isdisjoint(families) else None
     return Case(number, families, name, shard, sidecar_seed, options)
