@@ -28,6 +28,7 @@ from trichord.samples.filters import FilteredSample, SampleFilter
 from trichord.samples.interleaved import Item
 from trichord.samples.sample import SampleContent, read_content
 from trichord.samples.targets import read_targets
+from trichord.shards.entries import SampleEntry
 from trichord.shards.lanes import SampleRef, keyed_permutation
 from trichord.shards.quarantine import BadSample, QuarantineRecord
 from trichord.shards.reader import SourceTable
@@ -128,8 +129,8 @@ class SamplePlanner:
         self.lengths = lengths
         self.max_member_bytes = max_member_bytes
 
-    def read(self, ref: SampleRef) -> SampleContent:
-        """The content of a sample, nothing large decoded.
+    def read(self, ref: SampleRef) -> tuple[SampleEntry, SampleContent]:
+        """What the index knows of a sample, and its content, nothing large decoded.
 
         Raises:
             BadSample: by its index, text or json it cannot be used. FilteredSample: a filter leaves it out.
@@ -138,7 +139,8 @@ class SamplePlanner:
         table = self.tables[ref.source]
         entry = table.entry(ref.sample)
         keep = self.filters[ref.source]
-        return read_content(entry, table.config, self.samples, self.max_member_bytes, keep, self.lengths.fields)
+        fields = self.lengths.fields
+        return entry, read_content(entry, table.config, self.samples, self.max_member_bytes, keep, fields)
 
     def plan(self, ref: SampleRef) -> tuple[PlannedSample, SampleContent]:
         """One sample as one segment, and its content.
@@ -146,10 +148,10 @@ class SamplePlanner:
         Raises:
             BadSample, FilteredSample, DataError: as `read`; BadSample also where its segment is longer than a row.
         """
-        content = self.read(ref)
+        entry, content = self.read(ref)
         drafts = draft_parts(content, self.batches)
         ids = self.tokenizer.encode_batch([part.text for part in drafts if part.text])
-        planned = self._planned(ref, content, drafts, ids)
+        planned = self._planned(ref, entry, content, drafts, ids)
         if planned.length > self.batches.row_tokens:
             raise BadSample(_too_long(planned.length, self.batches.row_tokens))
         return planned, content
@@ -216,31 +218,34 @@ class SamplePlanner:
 
     def _plan_all(self, refs: Sequence[SampleRef], plan: WindowPlan) -> list[PlannedSample]:
         """All samples of a window; its texts are tokenised in one call."""
-        drafts: list[tuple[SampleRef, SampleContent, list[DraftPart]]] = []
+        drafts: list[tuple[SampleRef, SampleEntry, SampleContent, list[DraftPart]]] = []
         for ref in refs:
             try:
-                content = self.read(ref)
-                drafts.append((ref, content, draft_parts(content, self.batches)))
+                entry, content = self.read(ref)
+                drafts.append((ref, entry, content, draft_parts(content, self.batches)))
             except BadSample as bad:
                 plan.left_out.append(self.left_out(ref, bad))
             except FilteredSample as filtered:
                 plan.filtered[filtered.reason] += 1
-        ids = iter(self.tokenizer.encode_batch([part.text for _, _, parts in drafts for part in parts if part.text]))
+        ids = iter(self.tokenizer.encode_batch([part.text for *_, parts in drafts for part in parts if part.text]))
         planned: list[PlannedSample] = []
-        for ref, content, parts in drafts:
+        for ref, entry, content, parts in drafts:
             own = [next(ids) for part in parts if part.text]
             try:
-                planned += self._fit(self._planned(ref, content, parts, own))
+                planned += self._fit(self._planned(ref, entry, content, parts, own))
             except BadSample as bad:
                 plan.left_out.append(self.left_out(ref, bad))
         return planned
 
     def _planned(
-        self, ref: SampleRef, content: SampleContent, drafts: Sequence[DraftPart], ids: Sequence[Sequence[int]]
+        self,
+        ref: SampleRef,
+        entry: SampleEntry,
+        content: SampleContent,
+        drafts: Sequence[DraftPart],
+        ids: Sequence[Sequence[int]],
     ) -> PlannedSample:
         """ids: of each draft with text. Raises BadSample for a target that is not of its kind."""
-        table = self.tables[ref.source]
-        entry = table.entry(ref.sample)
         targets, present = read_targets(content.meta, self.samples.targets)
         encoded = iter(ids)
         parts = [StreamPart.text([self.tokenizer.bos_id])]
@@ -254,7 +259,7 @@ class SamplePlanner:
                 parts.append(StreamPart.text(next(encoded), draft.learned, draft.caption))
             if draft.ends:
                 parts.append(StreamPart.text([self.tokenizer.eos_id], learned=True))
-        group_id = group_of(content.text, content.meta, table.name, ref.sample)
+        group_id = group_of(content.text, content.meta, self.tables[ref.source].name, ref.sample)
         return PlannedSample(
             ref, entry.key, entry.shard, tuple(parts), content.items, group_id, targets, present, audio_samples
         )

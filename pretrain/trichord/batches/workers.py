@@ -62,7 +62,8 @@ def pack_parcel(row: DecodedRow) -> Parcel:
         places[field.name] = (size, array.shape, array.dtype.str)
         copies.append((size, array))
         size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    block = torch.empty(size, dtype=torch.uint8)
+    # Made in shared memory, as torch's own collate does: a block of private memory is copied when it is sent.
+    block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
     view = block.numpy()
     for offset, array in copies:
         view[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -11,6 +11,7 @@ from trichord.samples.config import TargetConfig
 from trichord.samples.text import value_at
 from trichord.shards.quarantine import BadSample
 
+_NO_VALUES, _NONE_PRESENT = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=bool)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -21,6 +22,8 @@ def read_targets(meta: dict[str, Any], targets: Mapping[str, TargetConfig]) -> t
     Raises:
         BadSample: a value is there and is not of its kind, or names a class that there is none of.
     """
+    if not targets:
+        return _NO_VALUES, _NONE_PRESENT
     values: list[np.ndarray] = []
     present = np.zeros(len(targets), dtype=bool)
     for number, (name, target) in enumerate(targets.items()):
@@ -30,7 +33,7 @@ def read_targets(meta: dict[str, Any], targets: Mapping[str, TargetConfig]) -> t
             present[number] = True
             _fill(columns, value, name, target)
         values.append(columns)
-    return (np.concatenate(values) if values else np.zeros(0, dtype=np.float32)), present
+    return np.concatenate(values), present
 
 
 def count_columns(targets: Mapping[str, TargetConfig]) -> int:
