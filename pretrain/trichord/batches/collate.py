@@ -17,13 +17,13 @@ _PLAIN = (
 
 
 def collate(rows: Sequence[RowArrays]) -> PackedBatch:
-    """One micro-batch of the given rows, of whatever lengths; T is their sum.
+    """One micro-batch of the given rows, of whatever lengths; T is their sum. Copies: rows of workers are lent.
 
     Runs of slack end at row borders too, so that no run, and no attention over one, is longer than a row.
     """
     row_starts = _starts([len(row.input_ids) for row in rows])
     segment_starts = _starts([len(row.group_ids) for row in rows])
-    parts = {name: _joined([getattr(row, name) for row in rows]) for name in _PLAIN}
+    parts = {name: np.concatenate([getattr(row, name) for row in rows]) for name in _PLAIN}
     for name in ("span_ends", "image_spans", "audio_spans", "text_spans"):
         parts[name] = np.concatenate([getattr(row, name) + np.int32(at) for row, at in zip(rows, row_starts)])
     for name in ("image_segments", "audio_segments"):
@@ -51,11 +51,6 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
         max_seqlen=int(np.diff(parts["cu_seqlens"]).max(initial=0)),
         useful_tokens=int((parts["segment_ids"] != SLACK_SEGMENT).sum()),
     )
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """End to end; one alone is not copied, since its pixels are most of a batch."""
-    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -2,7 +2,8 @@
 
     planner process --planned steps--> this process --rows to decode--> decode workers --arrays--> this process
 
-All arrays of a row travel in one block of shared memory: one file descriptor, and nothing large goes through a pipe.
+All arrays of a row travel in a slot of shared memory that is used again and again (batches/slots.py), or, where it is
+too large or none is free, in a block of its own; nothing large goes through a pipe.
 Rows to decode are pickled once, by the planner, and passed on as bytes.
 """
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trichord.batches.decoding import DecodedRow, RowDecoder
 from trichord.batches.rows import RowArrays
+from trichord.batches.slots import RowSlots
 from trichord.batches.step_planner import PlannedStep, StepPlanner
 from trichord.batches.windows import LeftOut
 from trichord.core.errors import TrichordError
@@ -39,10 +41,12 @@ _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
 @dataclass(frozen=True)
 class Parcel:
-    """A decoded row on its way. places: by name of the array, (offset, shape, dtype) in `block`."""
+    """A decoded row on its way. places: by name of the array, (offset, shape, dtype) in `memory`: a slot's number, or a
+    block."""
 
     places: dict[str, tuple[int, tuple[int, ...], str]]
-    block: torch.Tensor
+    size: int
+    memory: int | torch.Tensor
     bad: tuple[LeftOut, ...]
 
 
@@ -54,30 +58,33 @@ class WorkerFault:
     message: str
 
 
-def pack_parcel(row: DecodedRow) -> Parcel:
-    """Copy the arrays of a row into one block."""
+def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
+    """Copy the arrays of a row into the slot, or into a block where there is none or it is too small."""
     places, copies, size = {}, [], 0
     for field in fields(RowArrays):
         array = getattr(row.arrays, field.name)
         places[field.name] = (size, array.shape, array.dtype.str)
         copies.append((size, array))
         size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    # Made in shared memory, as torch's own collate does: a block of private memory is copied when it is sent.
-    block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-    view = block.numpy()
+    memory = torch.empty(size, dtype=torch.uint8) if slot is None or size > slots.slot_bytes else slot
+    view = _bytes_of(memory, size, slots)
     for offset, array in copies:
         view[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return Parcel(places, block, row.bad)
+    return Parcel(places, size, memory, row.bad)
 
 
-def unpack_parcel(parcel: Parcel) -> DecodedRow:
-    """The row again; its arrays are views of the block."""
-    view = parcel.block.numpy()
+def unpack_parcel(parcel: Parcel, slots: RowSlots) -> DecodedRow:
+    """The row again; its arrays are views of the slot or block."""
+    view = _bytes_of(parcel.memory, parcel.size, slots)
     arrays = {}
     for name, (offset, shape, dtype) in parcel.places.items():
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         arrays[name] = view[offset : offset + size].view(dtype).reshape(shape)
     return DecodedRow(RowArrays(**arrays), parcel.bad)
+
+
+def _bytes_of(memory: int | torch.Tensor, size: int, slots: RowSlots) -> np.ndarray:
+    return slots.view(memory, size) if isinstance(memory, int) else memory.numpy()
 
 
 class _StepStream(IterableDataset):
@@ -97,14 +104,16 @@ class _StepStream(IterableDataset):
 class _RowDecoding(Dataset):
     """What a decode worker runs. Its index is a pickled row: ours, from the planner process, never from data."""
 
-    def __init__(self, decoder: RowDecoder) -> None:
+    def __init__(self, decoder: RowDecoder, slots: RowSlots) -> None:
         self._decoder = decoder
+        self._slots = slots
 
-    def __getitem__(self, row: bytes | None) -> Parcel | WorkerFault | None:
-        if row is None:
+    def __getitem__(self, task: tuple[bytes, int | None] | None) -> Parcel | WorkerFault | None:
+        if task is None:
             return None
+        row, slot = task
         try:
-            return pack_parcel(self._decoder.decode(pickle.loads(row)))
+            return pack_parcel(self._decoder.decode(pickle.loads(row)), self._slots, slot)
         except TrichordError as error:
             return WorkerFault(type(error), str(error))
 
@@ -121,7 +130,7 @@ def read_in_workers(
     Args:
         rows_per_step: about as many rows this rank has in a step; bounds what is decoded ahead.
 
-    Closing the generator ends the processes.
+    The arrays of a step are valid until the next one is asked for. Closing the generator ends the processes.
 
     Raises:
         TrichordError: the first error of a process, of its own class, once all before it was given out.
@@ -134,11 +143,12 @@ def read_in_workers(
     planned = _start(DataLoader(stream, num_workers=1, prefetch_factor=prefetch_steps, **options))
     close_planner = _close_at_exit(planned)
     try:
-        open_steps: deque[tuple[PlannedStep, int] | WorkerFault] = deque()
+        open_steps: deque[tuple[PlannedStep, list[int | None], int] | WorkerFault] = deque()
         per_worker = max(1, -(-prefetch_steps * max(1, rows_per_step) // num_workers))
-        tasks = _Tasks(planned, open_steps)
+        slots = RowSlots(num_workers * per_worker + rows_per_step)
+        tasks = _Tasks(planned, open_steps, slots)
         loader = DataLoader(
-            _RowDecoding(decoder), sampler=tasks, num_workers=num_workers, prefetch_factor=per_worker, **options
+            _RowDecoding(decoder, slots), sampler=tasks, num_workers=num_workers, prefetch_factor=per_worker, **options
         )
         parcels = _start(loader)
         close_decoders = _close_at_exit(parcels)
@@ -147,9 +157,11 @@ def read_in_workers(
                 opened = open_steps.popleft()
                 if isinstance(opened, WorkerFault):
                     raise opened.kind(opened.message)
-                step, num_tasks = opened
-                rows = [_checked(next(parcels)) for _ in range(num_tasks)]
-                yield step, [row for row in rows if row is not None]
+                step, taken, num_tasks = opened
+                found = [_checked(next(parcels)) for _ in range(num_tasks)]
+                yield step, [unpack_parcel(parcel, slots) for parcel in found if parcel is not None]
+                for slot in taken:  # who asks for the next step has copied this one
+                    slots.give_back(slot)
         finally:
             close_decoders()
     finally:
@@ -162,25 +174,30 @@ class _Tasks:
     A step without rows still has one task, or a rank that has none would look for one for ever.
     """
 
-    def __init__(self, planned: Iterator[Any], open_steps: deque) -> None:
+    def __init__(self, planned: Iterator[Any], open_steps: deque, slots: RowSlots) -> None:
         self._planned = planned
         self._open_steps = open_steps
+        self._slots = slots
 
-    def __iter__(self) -> Iterator[bytes | None]:
+    def __iter__(self) -> Iterator[tuple[bytes, int | None] | None]:
         for item in self._planned:
             if isinstance(item, WorkerFault):
                 self._open_steps.append(item)
                 return
             step, rows = item
-            tasks = rows or [None]
-            self._open_steps.append((step, len(tasks)))
-            yield from tasks
+            taken: list[int | None] = []
+            self._open_steps.append((step, taken, max(1, len(rows))))
+            for row in rows:
+                taken.append(self._slots.take())
+                yield row, taken[-1]
+            if not rows:
+                yield None
 
 
-def _checked(parcel: Parcel | WorkerFault | None) -> DecodedRow | None:
+def _checked(parcel: Parcel | WorkerFault | None) -> Parcel | None:
     if isinstance(parcel, WorkerFault):
         raise parcel.kind(parcel.message)
-    return None if parcel is None else unpack_parcel(parcel)
+    return parcel
 
 
 def _start(loader: DataLoader) -> Any:

@@ -11,6 +11,7 @@ from trichord.batches.decoding import DecodedRow
 from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import IGNORE_INDEX
 from trichord.batches.rows import DecodedClip, RowArrays, RowFormat, build_row
+from trichord.batches.slots import RowSlots
 from trichord.batches.windows import PlannedSample, group_of
 from trichord.batches.workers import pack_parcel, unpack_parcel
 from trichord.shards.lanes import SampleRef
@@ -140,9 +141,14 @@ def test_log_mel_of_workers_takes_the_place_of_waveforms():
     assert batch.waveforms.shape == (0,)
 
 
-def test_parcel_carries_a_row_unchanged():
+@pytest.mark.parametrize(("slot_bytes", "slot"), [(2**20, 1), (64, 1), (2**20, None)])
+def test_parcel_carries_a_row_unchanged(slot_bytes, slot):
+    """In a slot, in a block because the slot is too small, in a block because there is none."""
+    slots = RowSlots(2, slot_bytes)
     for arrays in [*two_rows(), *two_rows(bad_first=True), build_row([], [], FORM)]:
-        got = unpack_parcel(pack_parcel(DecodedRow(arrays, ("told",))))
+        parcel = pack_parcel(DecodedRow(arrays, ("told",)), slots, slot)
+        assert (parcel.memory == 1) if (slot_bytes, slot) == (2**20, 1) else (parcel.memory.nbytes == parcel.size)
+        got = unpack_parcel(parcel, slots)
         assert got.bad == ("told",)
         for field in dataclasses.fields(RowArrays):
             expected, array = getattr(arrays, field.name), getattr(got.arrays, field.name)
