@@ -11,9 +11,9 @@ from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, PackedBat
 from trichord.batches.rows import RowArrays
 
 _PLAIN = (
-    *("input_ids", "labels", "span_kind", "pixels", "waveforms", "log_mels", "group_ids", "targets", "target_present"),
-    *("sample_ids", "bad_segments"),
+    *("input_ids", "labels", "span_kind", "group_ids", "targets", "target_present", "sample_ids", "bad_segments"),
 )
+_IN_PIECES = ("pixels", "waveforms", "log_mels")
 
 
 def collate(rows: Sequence[RowArrays]) -> PackedBatch:
@@ -24,6 +24,8 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
     row_starts = _starts([len(row.input_ids) for row in rows])
     segment_starts = _starts([len(row.group_ids) for row in rows])
     parts = {name: np.concatenate([getattr(row, name) for row in rows]) for name in _PLAIN}
+    for name in _IN_PIECES:
+        parts[name] = np.concatenate([piece for row in rows for piece in getattr(row, name)])
     for name in ("span_ends", "image_spans", "audio_spans", "text_spans"):
         parts[name] = np.concatenate([getattr(row, name) + np.int32(at) for row, at in zip(rows, row_starts)])
     for name in ("image_segments", "audio_segments"):

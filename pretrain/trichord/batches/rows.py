@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,9 @@ class RowFormat:
 class RowArrays:
     """The parts of `PackedBatch` for one row of R tokens, S segments, I images, A clips; all numpy, same dtypes.
 
-    audio_lengths (A,) int64: samples of each clip; mel_lengths (A,) int64: its log-mel frames. Of `waveforms` and
-    `log_mels` one is empty: log-mel is computed on the device or here.
+    What is large, `pixels`, `waveforms` and `log_mels`, is in pieces, to be laid end to end where it is copied anyway;
+    there is always one, if an empty one. audio_lengths (A,) int64: samples of each clip; mel_lengths (A,) int64: its
+    log-mel frames. Of `waveforms` and `log_mels` one is empty: log-mel is computed on the device or here.
     """
 
     input_ids: np.ndarray
@@ -51,11 +53,11 @@ class RowArrays:
     segment_ids: np.ndarray
     span_kind: np.ndarray
     span_ends: np.ndarray
-    pixels: np.ndarray
+    pixels: tuple[np.ndarray, ...]
     image_spans: np.ndarray
     image_segments: np.ndarray
-    waveforms: np.ndarray
-    log_mels: np.ndarray
+    waveforms: tuple[np.ndarray, ...]
+    log_mels: tuple[np.ndarray, ...]
     audio_lengths: np.ndarray
     mel_lengths: np.ndarray
     audio_spans: np.ndarray
@@ -160,17 +162,17 @@ class _Items:
                 self.audio_spans.append((start + first, start + last))
                 self.audio_segments.append(segment)
 
-    def arrays(self, form: RowFormat) -> dict[str, np.ndarray]:
-        waveforms = [clip.waveform for clip in self.clips if clip.waveform is not None]
-        log_mels = [clip.log_mel for clip in self.clips if clip.log_mel is not None]
+    def arrays(self, form: RowFormat) -> dict[str, Any]:
+        waveforms = tuple(clip.waveform for clip in self.clips if clip.waveform is not None)
+        log_mels = tuple(clip.log_mel for clip in self.clips if clip.log_mel is not None)
         mel_lengths = [0 if clip.log_mel is None else len(clip.log_mel) for clip in self.clips]
         no_pixels = np.zeros((0, 3, form.image_size, form.image_size), dtype=np.uint8)
         return {
-            "pixels": np.stack(self.pixels) if self.pixels else no_pixels,
+            "pixels": tuple(pixels[None] for pixels in self.pixels) or (no_pixels,),
             "image_spans": np.array(self.image_spans, dtype=np.int32).reshape(-1, 2),
             "image_segments": np.array(self.image_segments, dtype=np.int64),
-            "waveforms": np.concatenate(waveforms) if waveforms else np.zeros(0, dtype=np.int16),
-            "log_mels": np.concatenate(log_mels) if log_mels else np.zeros((0, form.num_mels), dtype=np.float32),
+            "waveforms": waveforms or (np.zeros(0, dtype=np.int16),),
+            "log_mels": log_mels or (np.zeros((0, form.num_mels), dtype=np.float32),),
             "audio_lengths": np.array([clip.num_samples for clip in self.clips], dtype=np.int64),
             "mel_lengths": np.array(mel_lengths, dtype=np.int64),
             "audio_spans": np.array(self.audio_spans, dtype=np.int32).reshape(-1, 2),

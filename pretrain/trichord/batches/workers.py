@@ -41,10 +41,10 @@ _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
 @dataclass(frozen=True)
 class Parcel:
-    """A decoded row on its way. places: by name of the array, (offset, shape, dtype) in `memory`: a slot's number, or a
-    block."""
+    """A decoded row on its way. places: by name of the array, (offset, shape, dtype, whether it was in pieces) in
+    `memory`: a slot's number, or a block."""
 
-    places: dict[str, tuple[int, tuple[int, ...], str]]
+    places: dict[str, tuple[int, tuple[int, ...], str, bool]]
     size: int
     memory: int | torch.Tensor
     bad: tuple[LeftOut, ...]
@@ -62,10 +62,14 @@ def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
     """Copy the arrays of a row into the slot, or into a block where there is none or it is too small."""
     places, copies, size = {}, [], 0
     for field in fields(RowArrays):
-        array = getattr(row.arrays, field.name)
-        places[field.name] = (size, array.shape, array.dtype.str)
-        copies.append((size, array))
-        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        value = getattr(row.arrays, field.name)
+        pieces = value if isinstance(value, tuple) else (value,)
+        shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
+        places[field.name] = (size, shape, pieces[0].dtype.str, isinstance(value, tuple))
+        for piece in pieces:
+            copies.append((size, piece))
+            size += piece.nbytes
+        size = -(-size // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8) if slot is None or size > slots.slot_bytes else slot
     view = _bytes_of(memory, size, slots)
     for offset, array in copies:
@@ -77,9 +81,10 @@ def unpack_parcel(parcel: Parcel, slots: RowSlots) -> DecodedRow:
     """The row again; its arrays are views of the slot or block."""
     view = _bytes_of(parcel.memory, parcel.size, slots)
     arrays = {}
-    for name, (offset, shape, dtype) in parcel.places.items():
+    for name, (offset, shape, dtype, in_pieces) in parcel.places.items():
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        arrays[name] = view[offset : offset + size].view(dtype).reshape(shape)
+        array = view[offset : offset + size].view(dtype).reshape(shape)
+        arrays[name] = (array,) if in_pieces else array
     return DecodedRow(RowArrays(**arrays), parcel.bad)
 
 
