@@ -12,6 +12,19 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+class _ToStderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is when something is logged: a progress bar puts its own in place for a while, and so
+    do tests."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value) -> None:
+        pass
+
+
 def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
     """Send `trichord` logs to stderr (rank 0: info, others: warnings) and, whole, to `log_file` when given.
 
@@ -26,7 +39,7 @@ def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -
         handler.close()
     root.setLevel(level)
     root.propagate = False
-    stderr = logging.StreamHandler(sys.stderr)
+    stderr = _ToStderr()
     stderr.setLevel(level if facts.rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [stderr]
     if log_file is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,12 +38,10 @@ class Progress:
         self._started = time.monotonic()
         self._lines = visible and not console.is_terminal
         self._bar: rich_progress.Progress | None = None
-        self._handlers: list[logging.StreamHandler] = []
         if visible and console.is_terminal:
             self._bar = _train_bar(console)
             self._task = self._bar.add_task(label, total=total_steps, completed=first_step, facts="")
             self._bar.start()
-            self._handlers = _log_above_the_bar()
 
     def advance(self, step: int) -> None:
         """`step` optimizer steps are done: moves the bar, prints nothing. Cheap enough for every step."""
@@ -64,8 +60,6 @@ class Progress:
         """Leave the terminal as it was. Calling it twice is harmless."""
         if self._bar:
             self._bar.stop()
-            for handler in self._handlers:
-                handler.setStream(sys.stderr)
             self._bar = None
 
     def _eta(self, step: int) -> str:
@@ -156,13 +150,3 @@ def _work_bar(console: Console) -> rich_progress.Progress:
         rich_progress.TimeRemainingColumn(compact=True),
         console=console,
     )
-
-
-def _log_above_the_bar() -> list[logging.StreamHandler]:
-    """Send log handlers that write to the terminal through the stderr that rich has put in place, above the bar."""
-    moved = []
-    for handler in logging.getLogger("trichord").handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)
-            moved.append(handler)
-    return moved
