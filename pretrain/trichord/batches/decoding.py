@@ -60,7 +60,9 @@ class RowDecoder:
         decoded = []
         for number, item in enumerate(sample.items, start=sample.first_item):
             # The first item is keyed by its kind alone, so that adding further ones leaves it as it was.
-            rng = key.generator(item.kind if number == 0 else f"{item.kind} {number}") if key else None
+            draws = planner.samples.image.draws if item.kind == "image" else planner.samples.audio.draws
+            purpose = item.kind if number == 0 else f"{item.kind} {number}"
+            rng = key.generator(purpose) if key is not None and draws else None
             array = decode_item(sample.shard, item, planner.samples, planner.max_member_bytes, rng)
             if item.kind == "image":
                 decoded.append(array)

@@ -13,34 +13,33 @@ Legend: n tokens of the segment; gh, gw image token rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from trichord.batches.packed_batch import IGNORE_INDEX, SPAN_AUDIO, SPAN_IMAGE, SPAN_TEXT
+from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, SPAN_AUDIO, SPAN_IMAGE, SPAN_TEXT
 
 
-@dataclass(frozen=True)
-class StreamPart:
-    """A stretch of the stream.
+class StreamPart(NamedTuple):
+    """A stretch of the stream. A tuple of small things: a plan is sent to other processes by the thousand.
 
     kind: SPAN_TEXT, SPAN_IMAGE or SPAN_AUDIO. length: tokens; 0 for an item that goes to its tower but not into the
-    stream. ids (length,) int32 of text, else None. learned: text that the model has to predict. caption: the text that
-    text towers and contrastive objectives see. grid: (gh, gw) of an image.
+    stream. ids: the tokens of text, else None. learned: text that the model has to predict. caption: the text that text
+    towers and contrastive objectives see. grid: (gh, gw) of an image.
     """
 
     kind: int
     length: int
-    ids: np.ndarray | None = None
+    ids: tuple[int, ...] | None = None
     learned: bool = False
     caption: bool = False
     grid: tuple[int, int] | None = None
 
     @staticmethod
-    def text(ids: Sequence[int] | np.ndarray, learned: bool = False, caption: bool = False) -> StreamPart:
-        array = np.asarray(ids, dtype=np.int32)
-        return StreamPart(SPAN_TEXT, len(array), array, learned, caption)
+    def text(ids: Iterable[int], learned: bool = False, caption: bool = False) -> StreamPart:
+        tokens = tuple(ids)
+        return StreamPart(SPAN_TEXT, len(tokens), tokens, learned, caption)
 
     @staticmethod
     def image(grid: tuple[int, int]) -> StreamPart:
@@ -49,18 +48,6 @@ class StreamPart:
     @staticmethod
     def audio(tokens: int) -> StreamPart:
         return StreamPart(SPAN_AUDIO, tokens)
-
-
-@dataclass(frozen=True)
-class SegmentArrays:
-    """One segment, filled in: input_ids, labels (n,) int64; positions (3, n) float32; span_kind (n,) int8;
-    span_ends (n,) int32, counted from the segment's start."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    span_kind: np.ndarray
-    span_ends: np.ndarray
 
 
 def segment_length(parts: Sequence[StreamPart]) -> int:
@@ -81,41 +68,62 @@ def caption_span(parts: Sequence[StreamPart]) -> tuple[int, int]:
     return next((span for part, span in zip(parts, part_spans(parts)) if part.caption), (1, 1))
 
 
-def segment_positions(parts: Sequence[StreamPart]) -> np.ndarray:
-    """Positions (3, n) float32 on the axes time, height, width.
+class StreamArrays:
+    """A stretch of n tokens of the stream while it is filled; what no segment fills is slack, one causal run.
 
-    Text and audio advance by one on all axes. An image that starts at p holds time p, height p + row, width p + column;
-    what follows it starts at p + max(gh, gw), so a picture takes as much of the position range as its longer side.
+    input_ids, labels (n,) int64; positions (3, n) float32; segment_ids (n,) int32; span_kind (n,) int8; span_ends (n,)
+    int32. Positions and span_ends count from the stretch's start, positions anew in each segment.
     """
-    positions = np.empty((3, segment_length(parts)), dtype=np.float32)
-    following = 0
-    for part, (start, end) in zip(parts, part_spans(parts)):
-        if part.kind == SPAN_IMAGE and part.grid and end > start:
-            rows, columns = part.grid
-            positions[0, start:end] = following
-            positions[1, start:end] = following + np.repeat(np.arange(rows), columns)
-            positions[2, start:end] = following + np.tile(np.arange(columns), rows)
-            following += max(rows, columns)
-        else:
-            positions[:, start:end] = np.arange(following, following + end - start, dtype=np.float32)
-            following += end - start
-    return positions
 
+    def __init__(self, length: int, pad_id: int, image_id: int, audio_id: int) -> None:
+        self.input_ids = np.full(length, pad_id, dtype=np.int64)
+        self.positions = np.zeros((3, length), dtype=np.float32)
+        self.segment_ids = np.full(length, SLACK_SEGMENT, dtype=np.int32)
+        self.span_kind = np.full(length, SPAN_TEXT, dtype=np.int8)
+        self.span_ends = np.arange(1, length + 1, dtype=np.int32)
+        self._learned = np.zeros(length, dtype=bool)  # tokens that the model has to predict
+        self._placeholder = {SPAN_IMAGE: image_id, SPAN_AUDIO: audio_id}
 
-def fill_segment(parts: Sequence[StreamPart], *, image_id: int, audio_id: int) -> SegmentArrays:
-    """Token ids, labels, positions and spans of one segment."""
-    length = segment_length(parts)
-    input_ids = np.empty(length, dtype=np.int64)
-    learned = np.zeros(length, dtype=bool)  # tokens that the model has to predict
-    span_kind = np.empty(length, dtype=np.int8)
-    span_ends = np.arange(1, length + 1, dtype=np.int32)
-    placeholder = {SPAN_IMAGE: image_id, SPAN_AUDIO: audio_id}
-    for part, (start, end) in zip(parts, part_spans(parts)):
-        input_ids[start:end] = placeholder[part.kind] if part.ids is None else part.ids
-        learned[start:end] = part.learned
-        span_kind[start:end] = part.kind
-        if part.kind == SPAN_IMAGE:
-            span_ends[start:end] = end
-    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
-    labels[:-1][learned[1:]] = input_ids[1:][learned[1:]]
-    return SegmentArrays(input_ids, labels, segment_positions(parts), span_kind, span_ends)
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the whole stretch: the first token of a segment is never learned, so none crosses a border."""
+        labels = np.full(len(self.input_ids), IGNORE_INDEX, dtype=np.int64)
+        np.copyto(labels[:-1], self.input_ids[1:], where=self._learned[1:])
+        return labels
+
+    def write(self, start: int, parts: Sequence[StreamPart], segment: int) -> int:
+        """Lay a segment's parts end to end from `start` on; returns where it ends."""
+        at = start
+        for part in parts:
+            end = at + part.length
+            if part.ids is not None:
+                self.input_ids[at:end] = part.ids
+                if part.learned:
+                    self._learned[at:end] = True
+            elif end > at:
+                self.input_ids[at:end] = self._placeholder[part.kind]
+                self.span_kind[at:end] = part.kind
+                if part.kind == SPAN_IMAGE:
+                    self.span_ends[at:end] = end
+            at = end
+        self.segment_ids[start:at] = segment
+        self._write_positions(start, at, parts)
+        return at
+
+    def _write_positions(self, start: int, end: int, parts: Sequence[StreamPart]) -> None:
+        """Text and audio advance by one on all axes. An image that starts at p holds time p, height p + row, width p +
+        column; what follows it starts at p + max(gh, gw), so a picture takes as much of the range as its longer side.
+        """
+        following, run, at = 0, start, start
+        for part in parts:
+            if part.grid is not None and part.length:
+                self.positions[:, run:at] = np.arange(following, following + at - run)
+                following += at - run
+                rows, columns = part.grid
+                run = at + part.length
+                self.positions[0, at:run] = following
+                self.positions[1, at:run] = following + np.repeat(np.arange(rows), columns)
+                self.positions[2, at:run] = following + np.tile(np.arange(columns), rows)
+                following += max(rows, columns)
+            at += part.length
+        self.positions[:, run:end] = np.arange(following, following + end - run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import replace
 
 from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import SPAN_TEXT
@@ -75,26 +74,26 @@ def split_parts(parts: Sequence[StreamPart], row_tokens: int, bos_id: int) -> li
     free = row_tokens
     opening = bos_id
     for part in parts:
-        rest = replace(part, caption=False)
+        rest = part._replace(caption=False)
         while rest.length > free:
             if rest.kind != SPAN_TEXT and rest.length > row_tokens - 1:
                 return None
             if rest.ids is not None and free > 0:
                 pieces[-1].append(_text_slice(rest, 0, free))
-                opening = int(rest.ids[free - 1])
+                opening = rest.ids[free - 1]
                 rest = _text_slice(rest, free, rest.length)
             pieces.append([StreamPart.text([opening])])
             free = row_tokens - 1
         pieces[-1].append(rest)
         free -= rest.length
         if rest.length:
-            opening = bos_id if rest.ids is None else int(rest.ids[-1])
+            opening = bos_id if rest.ids is None else rest.ids[-1]
     return pieces
 
 
 def _text_slice(part: StreamPart, start: int, end: int) -> StreamPart:
     assert part.ids is not None
-    return replace(part, ids=part.ids[start:end], length=end - start)
+    return part._replace(ids=part.ids[start:end], length=end - start)
 
 
 def _check_fits(item: int, length: int, row_tokens: int) -> None:

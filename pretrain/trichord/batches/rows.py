@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trichord.batches.interleave import caption_span, fill_segment, part_spans
-from trichord.batches.packed_batch import IGNORE_INDEX, SLACK_SEGMENT, SPAN_AUDIO, SPAN_IMAGE, SPAN_TEXT
+from trichord.batches.interleave import StreamArrays, caption_span, part_spans
+from trichord.batches.packed_batch import SPAN_AUDIO, SPAN_IMAGE
 from trichord.batches.windows import PlannedSample
 from trichord.samples.config import TargetConfig
 from trichord.samples.targets import count_columns
@@ -89,29 +89,27 @@ def build_row(planned: Sequence[PlannedSample], decoded: Sequence[DecodedItems |
     Args:
         planned: the row's samples, in stream order; none gives an empty row.
     """
-    row = _slack(form)
+    stream = StreamArrays(form.row_tokens, form.pad_id, form.image_id, form.audio_id)
     items = _Items()
     start = 0
     for segment, (sample, content) in enumerate(zip(planned, decoded, strict=True)):
-        end = start + sample.length
         if content is None:
             items.text_spans.append((start + 1, start + 1))
         else:
-            arrays = fill_segment(sample.parts, image_id=form.image_id, audio_id=form.audio_id)
-            row["input_ids"][start:end] = arrays.input_ids
-            row["labels"][start:end] = arrays.labels
-            row["position_ids"][:, start:end] = arrays.positions
-            row["segment_ids"][start:end] = segment
-            row["span_kind"][start:end] = arrays.span_kind
-            row["span_ends"][start:end] = arrays.span_ends + start
+            stream.write(start, sample.parts, segment)
             items.add(segment, start, sample, content)
-        start = end
+        start += sample.length
     good = np.array([content is not None for content in decoded], dtype=bool)
     present = np.array([sample.target_present for sample in planned], dtype=bool).reshape(
         len(planned), form.num_targets
     )
     return RowArrays(
-        **row,
+        input_ids=stream.input_ids,
+        labels=stream.labels,
+        position_ids=stream.positions,
+        segment_ids=stream.segment_ids,
+        span_kind=stream.span_kind,
+        span_ends=stream.span_ends,
         **items.arrays(form),
         group_ids=np.array([sample.group_id for sample in planned], dtype=np.int64),
         targets=np.array([sample.targets for sample in planned], dtype=np.float32).reshape(
@@ -121,19 +119,6 @@ def build_row(planned: Sequence[PlannedSample], decoded: Sequence[DecodedItems |
         sample_ids=np.array([sample.ref for sample in planned], dtype=np.int64).reshape(-1, 3),
         bad_segments=~good,
     )
-
-
-def _slack(form: RowFormat) -> dict[str, np.ndarray]:
-    """A row of nothing: one causal run, so that a kernel that computes it meets nothing special."""
-    length = form.row_tokens
-    return {
-        "input_ids": np.full(length, form.pad_id, dtype=np.int64),
-        "labels": np.full(length, IGNORE_INDEX, dtype=np.int64),
-        "position_ids": np.zeros((3, length), dtype=np.float32),
-        "segment_ids": np.full(length, SLACK_SEGMENT, dtype=np.int32),
-        "span_kind": np.full(length, SPAN_TEXT, dtype=np.int8),
-        "span_ends": np.arange(1, length + 1, dtype=np.int32),
-    }
 
 
 class _Items:

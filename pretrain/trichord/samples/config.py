@@ -38,6 +38,13 @@ class ImageConfig(Leaf):
     blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
     """In pixels of the square: least and most."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether training draws anything: a generator per item costs more than laying out its tokens."""
+        amounts = (self.rotate_degrees, self.shift_frac, self.horizontal_flip, self.grayscale_prob, self.blur_prob)
+        colours = (self.brightness_frac, self.contrast_frac, self.saturation_frac, self.hue_frac)
+        return self.resize == "random_resized_crop" or any(amounts) or any(colours)
+
     @field_validator("blur_sigma")
     @classmethod
     def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -63,6 +70,11 @@ class AudioConfig(Leaf):
     """Training only: gain drawn from +-this."""
     noise_db: float | None = Field(default=None, le=0)
     """Training only: white noise at most this loud relative to the clip, drawn from 40 dB below it; null: none."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws anything."""
+        return bool(self.speed_frac or self.gain_db) or self.noise_db is not None or self.long_clips == "crop"
 
 
 class TextConfig(Leaf):

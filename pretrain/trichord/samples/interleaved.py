@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from trichord.samples.config import TextConfig
 from trichord.samples.text import check_chars, clean_text, has_half_surrogate
@@ -22,8 +22,7 @@ ROLES = ("system", "user", "assistant", "tool", "document")
 MAX_PARTS = 1024
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """An image or clip of a sample. size: (width, height) in pixels upright, or (frames, rate in Hz), by the index."""
 
     kind: Literal["image", "audio"]

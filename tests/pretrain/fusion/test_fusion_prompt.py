@@ -7,17 +7,18 @@ import pytest
 import torch
 from tiny_trichord import Item, tiny_batch, tiny_parts
 
-from trichord.batches.interleave import fill_segment
+from trichord.batches.interleave import StreamArrays, segment_length
 from trichord.fusion.prompt import expand_items, image_blocks, pad_left, prefill_mask, prompt_positions
 
-IDS = {"image_id": 4, "audio_id": 5}
 LAYOUTS = [((2, 3), 4, 2, 3), ((3, 2), None, 0, None), (None, 5, 1, 2), (None, None, 0, 4), ((1, 1), None, 3, 1)]
 
 
 @pytest.mark.parametrize(("grid", "audio", "prompt", "text"), LAYOUTS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_positions_are_those_of_training(grid, audio, prompt, text, side):
-    arrays = fill_segment(tiny_parts(grid, audio, [9] * prompt, None if text is None else [9] * text), **IDS)
+    parts = tiny_parts(grid, audio, [9] * prompt, None if text is None else [9] * text)
+    arrays = StreamArrays(segment_length(parts), pad_id=0, image_id=4, audio_id=5)
+    arrays.write(0, parts, 0)
     row, padding = torch.from_numpy(arrays.input_ids), torch.zeros(3, dtype=torch.int64)
     pieces = (padding, row) if side == "left" else (row, padding)
     mask = torch.cat([(piece != 0).long() for piece in pieces])[None]
