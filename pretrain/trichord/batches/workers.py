@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -239,6 +240,9 @@ def enter_worker(parent_pid: int, worker: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:  # it died before the line above
         os._exit(1)
+    # What was there before the fork is not garbage: looking through all of torch took a quarter of the planner's time,
+    # and wrote to pages that are otherwise shared with the parent.
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
