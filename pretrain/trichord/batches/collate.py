@@ -17,15 +17,15 @@ _IN_PIECES = ("pixels", "waveforms", "log_mels")
 
 
 def collate(rows: Sequence[RowArrays]) -> PackedBatch:
-    """One micro-batch of the given rows, of whatever lengths; T is their sum. Copies: rows of workers are lent.
+    """One micro-batch of the given rows, of whatever lengths; T is their sum. One row alone is not copied.
 
     Runs of slack end at row borders too, so that no run, and no attention over one, is longer than a row.
     """
     row_starts = _starts([len(row.input_ids) for row in rows])
     segment_starts = _starts([len(row.group_ids) for row in rows])
-    parts = {name: np.concatenate([getattr(row, name) for row in rows]) for name in _PLAIN}
+    parts = {name: _joined([getattr(row, name) for row in rows]) for name in _PLAIN}
     for name in _IN_PIECES:
-        parts[name] = np.concatenate([piece for row in rows for piece in getattr(row, name)])
+        parts[name] = _joined([piece for row in rows for piece in getattr(row, name)])
     for name in ("span_ends", "image_spans", "audio_spans", "text_spans"):
         parts[name] = np.concatenate([getattr(row, name) + np.int32(at) for row, at in zip(rows, row_starts)])
     for name in ("image_segments", "audio_segments"):
@@ -53,6 +53,11 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
         max_seqlen=int(np.diff(parts["cu_seqlens"]).max(initial=0)),
         useful_tokens=int((parts["segment_ids"] != SLACK_SEGMENT).sum()),
     )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # What a decoder gives may be read-only, and tensors over such memory are not to be had.
+    return arrays[0] if len(arrays) == 1 and arrays[0].flags.writeable else np.concatenate(arrays)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

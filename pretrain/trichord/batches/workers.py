@@ -72,25 +72,22 @@ def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
             size += piece.nbytes
         size = -(-size // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8) if slot is None or size > slots.slot_bytes else slot
-    view = _bytes_of(memory, size, slots)
+    view = slots.view(memory, size) if isinstance(memory, int) else memory.numpy()
     for offset, array in copies:
         view[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return Parcel(places, size, memory, row.bad)
 
 
 def unpack_parcel(parcel: Parcel, slots: RowSlots) -> DecodedRow:
-    """The row again; its arrays are views of the slot or block."""
-    view = _bytes_of(parcel.memory, parcel.size, slots)
+    """The row again; its arrays are views of the slot, which is lent to them, or of the block."""
+    memory = parcel.memory
+    view = slots.lend(memory, parcel.size) if isinstance(memory, int) else memory.numpy()
     arrays = {}
     for name, (offset, shape, dtype, in_pieces) in parcel.places.items():
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         array = view[offset : offset + size].view(dtype).reshape(shape)
         arrays[name] = (array,) if in_pieces else array
     return DecodedRow(RowArrays(**arrays), parcel.bad)
-
-
-def _bytes_of(memory: int | torch.Tensor, size: int, slots: RowSlots) -> np.ndarray:
-    return slots.view(memory, size) if isinstance(memory, int) else memory.numpy()
 
 
 class _StepStream(IterableDataset):
@@ -136,7 +133,7 @@ def read_in_workers(
     Args:
         rows_per_step: about as many rows this rank has in a step; bounds what is decoded ahead.
 
-    The arrays of a step are valid until the next one is asked for. Closing the generator ends the processes.
+    Closing the generator ends the processes.
 
     Raises:
         TrichordError: the first error of a process, of its own class, once all before it was given out.
@@ -149,9 +146,10 @@ def read_in_workers(
     planned = _start(DataLoader(stream, num_workers=1, prefetch_factor=prefetch_steps, **options))
     close_planner = _close_at_exit(planned)
     try:
-        open_steps: deque[tuple[PlannedStep, list[int | None], int] | WorkerFault] = deque()
+        open_steps: deque[tuple[PlannedStep, int] | WorkerFault] = deque()
         per_worker = max(1, -(-prefetch_steps * max(1, rows_per_step) // num_workers))
-        slots = RowSlots(num_workers * per_worker + rows_per_step)
+        # Rows under way, those of the step that is being put together, and two steps that the caller may hold.
+        slots = RowSlots(num_workers * per_worker + 3 * max(1, rows_per_step))
         tasks = _Tasks(planned, open_steps, slots)
         loader = DataLoader(
             _RowDecoding(decoder, slots), sampler=tasks, num_workers=num_workers, prefetch_factor=per_worker, **options
@@ -163,11 +161,10 @@ def read_in_workers(
                 opened = open_steps.popleft()
                 if isinstance(opened, WorkerFault):
                     raise opened.kind(opened.message)
-                step, taken, num_tasks = opened
+                step, num_tasks = opened
                 found = [_checked(next(parcels)) for _ in range(num_tasks)]
                 yield step, [unpack_parcel(parcel, slots) for parcel in found if parcel is not None]
-                for slot in taken:  # who asks for the next step has copied this one
-                    slots.give_back(slot)
+                del found, opened, step  # or the rows of this step are kept until the next one has come
         finally:
             close_decoders()
     finally:
@@ -191,11 +188,9 @@ class _Tasks:
                 self._open_steps.append(item)
                 return
             step, rows = item
-            taken: list[int | None] = []
-            self._open_steps.append((step, taken, max(1, len(rows))))
+            self._open_steps.append((step, max(1, len(rows))))
             for row in rows:
-                taken.append(self._slots.take())
-                yield row, taken[-1]
+                yield row, self._slots.take()
             if not rows:
                 yield None
 

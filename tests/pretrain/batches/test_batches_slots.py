@@ -1,10 +1,12 @@
 """Shared slots: seen by forked processes, given back, and dispensable."""
 
+import gc
 import itertools
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from trichord.batches import slots as slots_module
@@ -25,10 +27,23 @@ def test_slots_are_handed_out_once_until_they_are_given_back():
     first, second = slots.take(), slots.take()
     assert {first, second} == {0, 1}
     assert slots.take() is None
-    slots.give_back(None)
-    assert slots.take() is None
     slots.give_back(first)
     assert slots.take() == first
+
+
+def test_a_lent_slot_comes_back_with_the_last_view_of_it():
+    slots = RowSlots(1, 64)
+    slot = slots.take()
+    tensor = torch.from_numpy(slots.lend(slot, 32)[8:16].view(np.int32).reshape(1, 2))
+    gc.collect()
+    assert slots.take() is None, "a tensor still reads it"
+    other = tensor[0]
+    del tensor
+    gc.collect()
+    assert slots.take() is None
+    del other
+    gc.collect()
+    assert slots.take() == slot
 
 
 def test_address_space_is_not_memory():
