@@ -200,7 +200,8 @@ class Loader:
         rows = [row.arrays for row in decoded]
         size = self._batches.micro_rows
         missing = self.micro_steps * size - len(rows)
-        rows += [self._decoder.build([], [])] * missing
+        if missing:
+            rows += [self._decoder.build([], [])] * missing
         micro_batches = tuple(collate(rows[at : at + size]) for at in range(0, len(rows), size))
         left_out = [*planned.left_out, *(bad for row in decoded for bad in row.bad)]
         step = self._state.step + 1

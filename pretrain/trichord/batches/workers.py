@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import pickle
 import signal
@@ -84,7 +85,7 @@ def unpack_parcel(parcel: Parcel, slots: RowSlots) -> DecodedRow:
     view = slots.lend(memory, parcel.size) if isinstance(memory, int) else memory.numpy()
     arrays = {}
     for name, (offset, shape, dtype, in_pieces) in parcel.places.items():
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         array = view[offset : offset + size].view(dtype).reshape(shape)
         arrays[name] = (array,) if in_pieces else array
     return DecodedRow(RowArrays(**arrays), parcel.bad)
@@ -162,7 +163,7 @@ def read_in_workers(
                 if isinstance(opened, WorkerFault):
                     raise opened.kind(opened.message)
                 step, num_tasks = opened
-                found = [_checked(next(parcels)) for _ in range(num_tasks)]
+                found = [_checked(_next(parcels)) for _ in range(num_tasks)]
                 yield step, [unpack_parcel(parcel, slots) for parcel in found if parcel is not None]
                 del found, opened, step  # or the rows of this step are kept until the next one has come
         finally:
@@ -183,7 +184,8 @@ class _Tasks:
         self._slots = slots
 
     def __iter__(self) -> Iterator[tuple[bytes, int | None] | None]:
-        for item in self._planned:
+        while True:
+            item = _next(self._planned)
             if isinstance(item, WorkerFault):
                 self._open_steps.append(item)
                 return
@@ -193,6 +195,12 @@ class _Tasks:
                 yield row, self._slots.take()
             if not rows:
                 yield None
+
+
+def _next(iterator: Any) -> Any:
+    """What `next` gives, without the profiler range that torch puts around it: 0.3 ms each on a CPU, a tenth of what
+    the loader costs in all."""
+    return iterator._next_data()
 
 
 def _checked(parcel: Parcel | WorkerFault | None) -> Parcel | None:

@@ -192,10 +192,13 @@ def _check_required(source: SourceConfig, present) -> None:
 
 
 def _check_caps(item: Item, config: SamplesConfig) -> None:
-    if item.kind == "image":
-        _blamed(item.ref, lambda: check_pixels(item.size, config.image))
-    else:
-        _blamed(item.ref, lambda: clip_samples(*item.size, config.audio))
+    try:
+        if item.kind == "image":
+            check_pixels(item.size, config.image)
+        else:
+            clip_samples(*item.size, config.audio)
+    except BadSample as bad:
+        raise BadSample(bad.reason, item.ref.name) from bad
 
 
 def _read_text(entry: SampleEntry, source: SourceConfig, config: SamplesConfig, max_member_bytes: int) -> str | None:
