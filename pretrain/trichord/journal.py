@@ -17,7 +17,7 @@ from trichord.checkpoints.load import LoadedState
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, DataError, TrichordError
 from trichord.core.log import get_logger
 from trichord.core.status import Status, write_rank_status, write_status
 from trichord.engine.step import StepResult
@@ -30,6 +30,7 @@ from trichord.tracking.recorder import Recorder, Window
 log = get_logger(__name__)
 
 LOCK_FILE = ".train.lock"
+MAX_EMPTY_STEPS = 10
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Progress:
     bad_samples: int = 0
     filtered_samples: int = 0
     skipped_in_a_row: int = 0
+    empty_in_a_row: int = 0
 
     @classmethod
     def after(cls, resumed: LoadedState | None) -> Progress:
@@ -54,10 +56,18 @@ class Progress:
         self.bad_samples += int(result.counts["bad_samples"])
         self.filtered_samples += int(result.counts["filtered"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        self.empty_in_a_row = 0 if result.counts["samples"] else self.empty_in_a_row + 1
 
     def check(self, config: RunConfig, batch: StepBatch, recorder: Recorder) -> None:
-        """Stop the run when too much data is bad or too many steps were not finite; the same on all ranks."""
+        """Stop the run when too much data is bad, none is left, or too many steps were not finite; the same on all
+        ranks."""
         check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
+        if self.empty_in_a_row >= MAX_EMPTY_STEPS:
+            raise DataError(
+                f"the last {self.empty_in_a_row} steps held not one sample; so far {self.samples_seen} were used, filters "
+                f"left out {self.filtered_samples}, {self.bad_samples} were bad. `trichord data preview CONFIG` says why; "
+                "or, where all sources have `epochs`, these are used up: lower run.max_steps"
+            )
         if self.skipped_in_a_row:
             ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()][:64]
             recorder.event("skipped_step", self.step, samples_of_rank_0=ids)
@@ -81,6 +91,7 @@ class Recording:
         self.quarantine = QuarantineLog(folder.path / "quarantine.jsonl")
         self.data = DataRecord(folder.path / "data.json", step if folder.kind == "resume" else 0)
         self.window = Window()
+        self._told: set[str] = set()
 
     def damaged(self, records: list[QuarantineRecord]) -> None:
         """Shards that cannot be read to their end; known alike on all ranks."""
@@ -110,7 +121,12 @@ class Recording:
         """Bring `data.json` up to the checkpoint that is being saved; called on every rank."""
         counts = gather_lists([self.data.own()])
         if dist.get_rank() == 0:
-            self.data.write(step, counts)
+            unseen = self.data.write(step, counts)
+            for name in sorted(set(self.names) & unseen - self._told):
+                log.warning(
+                    "source %s has given no sample up to step %d; data.json says what filters left out", name, step
+                )
+            self._told |= unseen
 
     def _log(self, progress: Progress, result: StepResult, stats: StepStats, lr: float) -> None:
         names = sorted(result.losses)

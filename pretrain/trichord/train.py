@@ -38,6 +38,7 @@ from trichord.journal import Progress, Recording, Verdict
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, training_lengths
 from trichord.shards.index import index_shards
 from trichord.shards.sources import expand_shards
+from trichord.shards.storage import configure_storage
 from trichord.tracking.progress import work_progress
 from trichord.tracking.recorder import Recorder
 
@@ -196,6 +197,7 @@ def closing_line(finished: bool, step: int, signal_name: str) -> str:
 
 def make_sidecars(config: RunConfig) -> None:
     """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made."""
+    configure_storage(config.shards.storage)
     for source in config.shards.sources:
         urls = expand_shards(source)
         with work_progress(f"index {source.name}", len(urls)) as advance:

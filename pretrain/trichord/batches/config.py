@@ -42,7 +42,7 @@ class BatchesConfig(Leaf):
     digest stay as they are. Each plans the rows of all of them, so take a divisor of the world size, up to 16."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that decode; one more plans. 0: both happen in the process that asks."""
-    prefetch_steps: int = Field(default=2, ge=1)
+    prefetch_steps: int = Field(default=2, ge=1, le=64)
     chat: ChatConfig = ChatConfig()
     label_prompt: bool = False
     """Also learn the prompt (`prompt` of the meta json); default: only the text after it."""

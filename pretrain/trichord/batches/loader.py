@@ -277,6 +277,12 @@ def count_steps(
 
 
 def _warn_of_waste(batches: BatchesConfig, micro_steps: int, rank: int, world_size: int) -> None:
+    if world_size % batches.deal_ranks and rank == 0:
+        _log.warning(
+            "batches.deal_ranks %d does not divide the %d ranks: the last group is smaller",
+            batches.deal_ranks,
+            world_size,
+        )
     places = world_size * micro_steps * batches.micro_rows
     wasted = places - batches.rows_per_step
     if wasted and rank == 0:

@@ -30,7 +30,7 @@ class RowSlots:
     """Slots shared with the processes that are forked after this one has made them.
 
     This process takes a slot for a row, a worker fills it, this process lends it out to whoever reads the row, and has
-    it back when nothing refers to it any more. Where readers keep so many rows that no slot is left, further rows come
+    it back when nothing refers to it any more: here. A process forked by the user while a batch is held sees it change. Where readers keep so many rows that no slot is left, further rows come
     in blocks of their own.
     """
 

@@ -17,6 +17,7 @@ import os
 import pickle
 import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -200,7 +201,15 @@ class _Tasks:
 def _next(iterator: Any) -> Any:
     """What `next` gives, without the profiler range that torch puts around it: 0.3 ms each on a CPU, a tenth of what
     the loader costs in all."""
-    return iterator._next_data()
+    try:
+        return iterator._next_data()
+    except RuntimeError as error:
+        if "killed by signal" not in str(error) and "exited unexpectedly" not in str(error):
+            raise  # a fault in the code, with its trace
+        raise TrichordError(
+            f"a process of the loader has died: {str(error).splitlines()[0]} Most often memory ran out: lower "
+            "batches.num_workers or batches.prefetch_steps; then start again, the run goes on from its checkpoint"
+        ) from error
 
 
 def _checked(parcel: Parcel | WorkerFault | None) -> Parcel | None:
@@ -213,7 +222,9 @@ def _start(loader: DataLoader) -> Any:
     """Fork the workers with the job's signals held back until each has said how it takes them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
     try:
-        return iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # torch counts cores, the user has chosen
+            return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

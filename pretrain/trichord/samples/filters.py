@@ -77,7 +77,7 @@ class SampleFilter:
             value = value_at(meta, rule.key)
             keep = rule.missing == "keep" if value is None else _passes(rule, value)
             if not keep:
-                raise FilteredSample(f"meta {rule.key}")
+                raise FilteredSample(f"meta {rule.key}{_why(rule, value)}")
 
 
 def _passes(rule: MetaFilter, value: Any) -> bool:
@@ -90,6 +90,14 @@ def _passes(rule: MetaFilter, value: Any) -> bool:
     if rule.one_of and not _is_one_of(value, rule.one_of):
         return False
     return not (rule.none_of and _is_one_of(value, rule.none_of))
+
+
+def _why(rule: MetaFilter, value: Any) -> str:
+    """What the user may not have meant: a key that is not there, a number that is text (as in csv tables)."""
+    if value is None:
+        return " (not there)"
+    ranged = rule.min is not None or rule.max is not None
+    return " (text, not a number)" if ranged and isinstance(value, str) else ""
 
 
 def _is_one_of(value: Any, choices: tuple) -> bool:

@@ -37,8 +37,12 @@ class DataRecord:
         """What this rank has counted, as plain types."""
         return {name: dict(counter) for name, counter in self._own.items()}
 
-    def write(self, step: int, of_all_ranks: Iterable[Mapping[str, Mapping[str, int]]]) -> None:
-        """Write the sums over ranks, with what was counted before `start_step`. For rank 0."""
+    def write(self, step: int, of_all_ranks: Iterable[Mapping[str, Mapping[str, int]]]) -> set[str]:
+        """Write the sums over ranks, with what was counted before `start_step`. For rank 0.
+
+        Returns:
+            Sources that have given no sample.
+        """
         totals = {name: Counter(counter) for name, counter in self._before.items()}
         for counts in of_all_ranks:
             for name, counter in counts.items():
@@ -46,6 +50,7 @@ class DataRecord:
         fields: dict[str, Any] = {"step": step, "since_step": self._since}
         fields |= {name: dict(sorted(counter.items())) for name, counter in totals.items()}
         write_atomically(self.path, json.dumps(fields, indent=1) + "\n")
+        return {name for name, count in totals["samples_per_source"].items() if not count}
 
     def _go_on(self, start_step: int) -> None:
         try:

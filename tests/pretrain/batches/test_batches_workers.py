@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
 
 from trichord.batches import workers as workers_module
+from trichord.core.errors import TrichordError
 from trichord.samples import sample as sample_module
 
 WORKERS = get_context("fork")
@@ -69,6 +71,18 @@ def test_signals_of_the_job_do_not_reach_workers(rank):
     assert all(alive(worker) for worker in workers)
     process.kill()
     assert gone_within(workers, 2), "workers outlive a parent that was killed"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_worker_that_is_killed_is_one_message(corpus, number):
+    """Number 0 plans, 1 decodes."""
+    with closing(corpus.loader(num_workers=1)) as loader:
+        steps = iter(loader)
+        next(steps)
+        before = {child.pid for child in active_children()}
+        os.kill(sorted(before)[number], signal.SIGKILL)
+        with pytest.raises(TrichordError, match="a process of the loader has died.*lower batches.num_workers"):
+            list(itertools.islice(steps, 1000))
 
 
 def test_a_rank_that_forgets_to_close_leaves_at_once(rank):

@@ -46,12 +46,19 @@ def reason(config, entry=None, meta=None):
 def test_meta_rules(rule, value, passes):
     config = FiltersConfig(meta=(MetaFilter(key="facts.score", **rule),))
     found = reason(config, meta={} if value is None else {"facts": {"score": value}})
-    assert found == (None if passes else "meta facts.score")
+    assert found is None if passes else found.startswith("meta facts.score")
+
+
+def test_what_the_user_may_not_have_meant_has_a_reason_of_its_own():
+    config = FiltersConfig(meta=(MetaFilter(key="score", min=0),))
+    assert reason(config, meta={"score": "0.7"}) == "meta score (text, not a number)"
+    assert reason(config, meta={"scores": 0.7}) == "meta score (not there)"
+    assert reason(config, meta={"score": -0.7}) == "meta score"
 
 
 def test_a_path_through_something_else_is_missing():
     config = FiltersConfig(meta=(MetaFilter(key="a.b", min=0),))
-    assert reason(config, meta={"a": 7}) == "meta a.b"
+    assert reason(config, meta={"a": 7}) == "meta a.b (not there)"
 
 
 @pytest.mark.parametrize(
