@@ -64,9 +64,9 @@ class Progress:
         check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
         if self.empty_in_a_row >= MAX_EMPTY_STEPS:
             raise DataError(
-                f"the last {self.empty_in_a_row} steps held not one sample; so far {self.samples_seen} were used, filters "
-                f"left out {self.filtered_samples}, {self.bad_samples} were bad. `trichord data preview CONFIG` says why; "
-                "or, where all sources have `epochs`, these are used up: lower run.max_steps"
+                f"the last {self.empty_in_a_row} steps held not one sample; so far {self.samples_seen} were used, "
+                f"filters left out {self.filtered_samples}, {self.bad_samples} were bad. `trichord data preview CONFIG` "
+                "says why; or, where all sources have `epochs`, these are used up: lower run.max_steps"
             )
         if self.skipped_in_a_row:
             ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()][:64]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from test_distributed_run import digest, losses
 from tiny_run import make_data, train, write_config
 
@@ -87,3 +87,13 @@ def test_what_filters_leave_out_is_counted_over_ranks(data, tmp_path):
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert counted == last["data/filtered_samples"] > 0
     assert last["data/bad_samples"] == 0
+
+
+def test_a_run_without_a_single_sample_stops_and_says_so(data, tmp_path):
+    path = write_config(data, tmp_path / "nothing")
+    config = yaml.safe_load(path.read_text())
+    for source in config["shards"]["sources"]:
+        source["filters"] = {"min_text_chars": 99}
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(RankError, match="the last 10 steps held not one sample; so far 0 were used, filters left out"):
+        run_ranks(2, train, str(path), "run.max_steps=30")

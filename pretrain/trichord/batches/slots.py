@@ -30,8 +30,8 @@ class RowSlots:
     """Slots shared with the processes that are forked after this one has made them.
 
     This process takes a slot for a row, a worker fills it, this process lends it out to whoever reads the row, and has
-    it back when nothing refers to it any more: here. A process forked by the user while a batch is held sees it change. Where readers keep so many rows that no slot is left, further rows come
-    in blocks of their own.
+    it back when nothing here refers to it any more; a process that is forked while a batch is held has to copy it.
+    Where readers keep so many rows that no slot is left, further rows come in blocks of their own.
     """
 
     def __init__(self, count: int, slot_bytes: int = SLOT_BYTES) -> None:

@@ -81,7 +81,7 @@ def test_a_worker_that_is_killed_is_one_message(corpus, number):
         next(steps)
         before = {child.pid for child in active_children()}
         os.kill(sorted(before)[number], signal.SIGKILL)
-        with pytest.raises(TrichordError, match="a process of the loader has died.*lower batches.num_workers"):
+        with pytest.raises(TrichordError, match=r"a process of the loader has died.*lower batches\.num_workers"):
             list(itertools.islice(steps, 1000))
 
 
