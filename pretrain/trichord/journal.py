@@ -65,7 +65,7 @@ class Progress:
         if self.empty_in_a_row >= MAX_EMPTY_STEPS:
             raise DataError(
                 f"the last {self.empty_in_a_row} steps held not one sample; so far {self.samples_seen} were used, "
-                f"filters left out {self.filtered_samples}, {self.bad_samples} were bad. `trichord data preview CONFIG` "
+                f"filters left out {self.filtered_samples}, {self.bad_samples} were bad; `trichord data preview` "
                 "says why; or, where all sources have `epochs`, these are used up: lower run.max_steps"
             )
         if self.skipped_in_a_row:
