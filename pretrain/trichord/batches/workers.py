@@ -10,7 +10,6 @@ Rows to decode are pickled once, by the planner, and passed on as bytes.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -35,9 +34,9 @@ from trichord.batches.slots import RowSlots
 from trichord.batches.step_planner import PlannedStep, StepPlanner
 from trichord.batches.windows import LeftOut
 from trichord.core.errors import TrichordError
+from trichord.core.processes import die_with_parent
 
 _ALIGNMENT = 64
-_PR_SET_PDEATHSIG = 1
 _CLOSE_SECONDS = 5.0
 _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
@@ -251,9 +250,7 @@ def enter_worker(parent_pid: int, worker: int) -> None:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
+    die_with_parent(parent_pid)
     # What was there before the fork is not garbage: looking through all of torch took a quarter of the planner's time,
     # and wrote to pages that are otherwise shared with the parent.
     gc.freeze()

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from trichord.core.errors import DataError
+from trichord.core.processes import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _RAY_TASKS_AHEAD = 4
 """Ray tasks handed over at a time, per worker."""
 Task = TypeVar("Task")
@@ -56,12 +56,8 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task],
 
 def enter_worker(parent_pid: int) -> None:
     """A worker dies with its parent, and on Ctrl-C without a word: the parent says what there is to say."""
-    import ctypes
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
+    die_with_parent(parent_pid)
 
 
 def _run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:

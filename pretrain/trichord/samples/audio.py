@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from trichord.core.errors import TrichordError
-from trichord.samples.augment import changes_waveforms, fit_length, jitter_waveform, resample
+from trichord.samples.augment import fit_length, jitter_waveform, resample
 from trichord.samples.config import AudioConfig
 from trichord.samples.flac import decode_flac, read_flac_header
 from trichord.samples.image import describe_fault
@@ -74,7 +74,7 @@ def decode_audio(
 def _to_mono_int16(samples: np.ndarray, rate: int, config: AudioConfig, rng: np.random.Generator | None) -> np.ndarray:
     """(frames, channels) int16, or float32 in [-1, 1], to the waveform."""
     length = _output_length(len(samples), rate, config)
-    jittered = rng is not None and changes_waveforms(config)
+    jittered = rng is not None and config.jitters
     if samples.dtype == np.int16 and samples.shape[1] == 1 and rate == config.sample_rate and not jittered:
         return np.ascontiguousarray(samples[:length, 0])
     waveform = samples[:, 0].astype(np.float32) if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)

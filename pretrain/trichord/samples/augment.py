@@ -115,11 +115,6 @@ def jitter_waveform(waveform: np.ndarray, config: AudioConfig, rng: np.random.Ge
     return waveform
 
 
-def changes_waveforms(config: AudioConfig) -> bool:
-    """Whether `jitter_waveform` does anything."""
-    return bool(config.speed_frac or config.gain_db) or config.noise_db is not None
-
-
 def resample(waveform: np.ndarray, rate: float, target_rate: float) -> np.ndarray:
     """Float32 (n,) at `rate` to `target_rate`, band-limited (soxr, quality HQ); length n * target_rate / rate, rounded
     somehow: cut or pad with `fit_length`."""

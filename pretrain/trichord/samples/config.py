@@ -72,9 +72,14 @@ class AudioConfig(Leaf):
     """Training only: white noise at most this loud relative to the clip, drawn from 40 dB below it; null: none."""
 
     @property
+    def jitters(self) -> bool:
+        """Whether training changes waveforms."""
+        return bool(self.speed_frac or self.gain_db) or self.noise_db is not None
+
+    @property
     def draws(self) -> bool:
-        """Whether training draws anything."""
-        return bool(self.speed_frac or self.gain_db) or self.noise_db is not None or self.long_clips == "crop"
+        """Whether training draws anything: changes, or the place of a crop."""
+        return self.jitters or self.long_clips == "crop"
 
 
 class TextConfig(Leaf):

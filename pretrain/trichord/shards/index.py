@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
+from trichord.core.processes import die_with_parent
 from trichord.shards import sidecars
-from trichord.shards.config import FieldsConfig
+from trichord.shards.config import FieldsConfig, StorageConfig
 from trichord.shards.entries import KINDS, FieldMap, Measures, SampleEntry, Sibling, make_entry
 from trichord.shards.locations import is_remote
 from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, split_name, walk_members
@@ -256,13 +257,16 @@ def index_shards(
             note(load_header(url, fields))
     else:
         # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
-        pool = ProcessPoolExecutor(
-            min(workers, len(todo)), get_context("spawn"), initializer=configure_storage, initargs=(settings(),)
-        )
-        with pool:
+        told = (os.getpid(), settings())
+        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _enter_indexer, told) as pool:
             for future in as_completed([pool.submit(load_header, url, fields) for url in todo]):
                 note(future.result())
     return [headers[url] for url in urls]
+
+
+def _enter_indexer(parent_pid: int, storage: StorageConfig) -> None:
+    die_with_parent(parent_pid)
+    configure_storage(storage)
 
 
 def _fresh(url: str, fields: FieldsConfig | None) -> tuple[str, LenHeader] | None:
