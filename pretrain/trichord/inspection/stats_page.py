@@ -13,6 +13,7 @@ from trichord.inspection.balance import Balance, balance_table
 from trichord.inspection.distribution import FAR_APART, QUANTILES, Distribution
 from trichord.inspection.stats import SourceStats, Stats
 from trichord.tracking.charts import bar_chart, histogram
+from trichord.tracking.pages import page_templates
 from trichord.tracking.progress import duration, quantity
 
 _UNITS = {
@@ -55,15 +56,7 @@ def write_page(stats: Stats, title: str, out: Path, balanced: tuple[str, list[Ba
 
 def write_html(template: str, context: dict[str, Any], out: Path) -> Path:
     """Render a template of this room; what users wrote is escaped. Raises ConfigError where `out` cannot be written."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(Path(__file__).parent)
     try:
         return write_atomically(Path(out), environment.get_template(template).render(context))
     except OSError as error:

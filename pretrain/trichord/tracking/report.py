@@ -16,6 +16,7 @@ from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
 from trichord.tracking.charts import Line, line_chart, stacked_chart
 from trichord.tracking.metrics import series
+from trichord.tracking.pages import page_templates
 from trichord.tracking.progress import duration, quantity
 from trichord.tracking.record import RunRecord, read_record
 
@@ -83,15 +84,7 @@ def render_report(folders: Sequence[Path], out: Path) -> Path:
 
 
 def _template():
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(Path(__file__).parent)
     environment.filters["figure"] = figure
     environment.filters["percent"] = _percent
     return environment.get_template("report.html.j2")
