@@ -7,20 +7,14 @@ how the work is split over processes.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from a tuple of ints and strings, stable over platforms and Python versions (BLAKE2b)."""
+    return int.from_bytes(derive_bytes(parts, 8), "little") >> 1
+
+
+def derive_bytes(parts: tuple[int | str, ...], size: int) -> bytes:
+    """At most 64 pseudo-random bytes named by `parts`."""
     text = "\x1f".join(f"{type(part).__name__[0]}{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def numpy_generator(*parts: int | str) -> np.random.Generator:
-    """A numpy generator (PCG64) for the purpose named by `parts`."""
-    import numpy as np  # not part of the base install that a login node has
-
-    return np.random.Generator(np.random.PCG64(derive_seed(*parts)))
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trichord.core.errors import TrichordError
-from trichord.core.seed import numpy_generator
 from trichord.samples.audio import clip_samples, decode_audio, is_cropped
 from trichord.samples.config import SamplesConfig
 from trichord.samples.filters import SampleFilter
+from trichord.samples.generators import numpy_generator
 from trichord.samples.image import check_pixels, decode_image
 from trichord.samples.interleaved import Item, Turn, parse_messages
 from trichord.samples.member import open_member

@@ -1,6 +1,7 @@
 """Where a shard is: on this machine's disks, or behind a file system of fsspec."""
 
 import re
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,8 +12,10 @@ from trichord.core.errors import ConfigError
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http", "gs": "gcs", "gcs": "gcs", "hf": "train"}
 COMPRESSED = (".tar.gz", ".tgz")
+_per_url = lru_cache(maxsize=8192)  # asked for each member that is read, of a few shards at a time
 
 
+@_per_url
 def is_remote(url: str) -> bool:
     """Whether the URL is read through fsspec (`s3://`, `https://`, chained ones) and not from this disk."""
     return _SCHEME.match(url) is not None and not url.startswith("file://")
@@ -33,11 +36,13 @@ def plain_name(url: str) -> str:
     return url.split("?", 1)[0] if scheme(url) in ("http", "https") else url
 
 
+@_per_url
 def is_compressed(url: str) -> bool:
     """Whether the shard is a tar.gz, which is read from an unpacked copy."""
     return plain_name(url).lower().endswith(COMPRESSED)
 
 
+@_per_url
 def shown(url: str) -> str:
     """The URL as messages name it: without the query, where presigned addresses carry their signature."""
     name = plain_name(url)

@@ -13,9 +13,9 @@ import numpy as np
 from trichord.batches.config import BatchesConfig
 from trichord.batches.loader import ItemLengths
 from trichord.batches.tokenizer import train_tokenizer
-from trichord.core.seed import numpy_generator
 from trichord.inspection.fuzz.corpus import audio_bytes, image_bytes, text_bytes
 from trichord.samples.config import AudioConfig, ImageConfig, SamplesConfig, TextConfig
+from trichord.samples.generators import numpy_generator
 from trichord.shards.config import ShardsConfig, SourceConfig
 
 ROWS_PER_STEP = 24  # a multiple of every world size in the proof
