@@ -72,8 +72,9 @@ def _run_boundaries(segment_ids: np.ndarray, row_starts: Sequence[int]) -> np.nd
 
 def _positions(spans: np.ndarray) -> np.ndarray:
     """All stream positions inside the spans (n, 2), span by span, int64."""
-    ranges = [np.arange(start, end, dtype=np.int64) for start, end in spans]
-    return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
+    starts, lengths = spans[:, 0].astype(np.int64), spans[:, 1] - spans[:, 0]
+    before = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum(), dtype=np.int64)
 
 
 def _lengths(spans: np.ndarray) -> tuple[int, ...]:

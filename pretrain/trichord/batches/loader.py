@@ -219,7 +219,7 @@ class Loader:
     ) -> StepStats:
         used: Counter[int] = Counter()
         for batch in micro_batches:
-            used.update(batch.sample_ids[~batch.bad_segments, 0].tolist())
+            used.update(batch.sample_ids.numpy()[~batch.bad_segments.numpy(), 0].tolist())
         names = [table.name for table in self._planner.tables]
         return StepStats(
             samples=sum(used.values()),

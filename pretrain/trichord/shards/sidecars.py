@@ -108,9 +108,9 @@ def parse_idx_line(line: bytes | str) -> list[MemberRef]:
         raise ValueError(f"expected groups of `ext offset size name`, got {len(words)} words")
     groups = zip(words[::4], words[3::4], words[1::4], words[2::4])
     members = [MemberRef(ext.lower(), name, int(offset), int(size)) for ext, name, offset, size in groups]
-    for ref in members:
-        if not (0 <= ref.offset < _MAX_POSITION and 0 <= ref.size < _MAX_POSITION):
-            raise ValueError(f"member {ref.name!r} of {ref.size} bytes at byte {ref.offset}")
+    for _, name, offset, size in members:
+        if not (0 <= offset < _MAX_POSITION and 0 <= size < _MAX_POSITION):
+            raise ValueError(f"member {name!r} of {size} bytes at byte {offset}")
     return members
 
 
