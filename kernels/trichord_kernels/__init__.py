@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trichord_kernels.dispatch import rms_norm
+    from trichord_kernels.functional.rms_norm import rms_norm
     from trichord_kernels.mel import log_mel, num_mel_frames
 
 __all__ = ["log_mel", "num_mel_frames", "rms_norm"]
 
 _HOME = {
-    "rms_norm": "trichord_kernels.dispatch",
+    "rms_norm": "trichord_kernels.functional.rms_norm",
     "log_mel": "trichord_kernels.mel",
     "num_mel_frames": "trichord_kernels.mel",
 }

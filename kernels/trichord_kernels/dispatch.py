@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import overload
 
 import torch
-from torch import Tensor
 
-from trichord_kernels import reference
 from trichord_kernels.errors import KernelError
 
-if find_spec("triton") is not None:  # absent off Linux, where the reference is all there is
-    from trichord_kernels.ops import rms_norm as rms_norm_op
-else:
-    rms_norm_op = None
+HAS_TRITON = find_spec("triton") is not None  # absent off Linux, where the reference is all there is
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -37,29 +31,9 @@ def choose_backend(device: torch.device) -> str:
     requested = requested_backend()
     if requested == "reference" or (requested == "auto" and device.type in ("cpu", "meta")):
         return "reference"
-    if rms_norm_op is None:
+    if not HAS_TRITON:
         raise KernelError(
             f"expected triton for tensors on {device.type} (TRICHORD_KERNELS={requested}), but it is not installed; "
             "pip install triton, or set TRICHORD_KERNELS=reference"
         )
     return "triton"
-
-
-@overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: None = None) -> Tensor: ...
-@overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor = ...) -> tuple[Tensor, Tensor]: ...
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square norm over the last axis, with the residual add in front when one is given.
-
-    x (..., D) float32, bfloat16 or float16, any strides; weight (D,) in x's dtype or float32; residual like x.
-    Returns `out` (..., D) in x's dtype, or `(out, new_residual)` with `new_residual = x + residual` (in x's dtype)
-    and `out` the norm of new_residual. Statistics are float32; rounding is Llama's (see `reference/rms_norm.py`).
-    Differentiable in x, weight and residual. Raises ValueError for operands that do not fit, KernelError for a GPU
-    case the kernel does not cover.
-    """
-    if choose_backend(x.device) == "reference":
-        return reference.rms_norm(x, weight, eps, residual)
-    return rms_norm_op.rms_norm(x, weight, eps, residual)

@@ -16,6 +16,7 @@ from trichord_kernels.dispatch import choose_backend
 from trichord_kernels.errors import KernelError
 from trichord_kernels.ops import rms_norm as op
 
+LEAST_CASES = 75
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(5, 123), (3, 7, 41), (1, 1), (2, 8192), (67, 64), (3, 1000), (1, 4104), (4,), (2, 0, 8)]

@@ -51,7 +51,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch) -> None:
 
 
 def test_a_gpu_without_triton_raises_and_never_falls_back(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "rms_norm_op", None)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert dispatch.choose_backend(CPU) == "reference"
     with pytest.raises(KernelError, match="pip install triton"):
         dispatch.choose_backend(CUDA)

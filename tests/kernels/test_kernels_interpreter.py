@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,9 +14,15 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("file", "least_cases"), [("interpreted_rms_norm.py", 75)])
-def test_interpreted_kernels(file, least_cases, tmp_path, record_property) -> None:
-    """Prints the number of cases and the worst error, as a multiple of the torch path's error or the floor."""
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted_*.py")))
+def test_interpreted_kernels(file, tmp_path, record_property) -> None:
+    """Prints the number of cases and the worst error, as a multiple of the torch path's error or the floor.
+
+    A file says by `LEAST_CASES = N` how many it has, so that cases cannot go missing in silence.
+    """
+    declared = re.search(r"^LEAST_CASES = (\d+)", (HERE / file).read_text(), re.M)
+    assert declared is not None, f"{file} declares no LEAST_CASES"
+    least_cases = int(declared.group(1))
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", str(HERE / file), "-p", "no:cacheprovider", f"--junitxml={report}"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRICHORD_KERNELS": "triton", "OMP_NUM_THREADS": "1"}

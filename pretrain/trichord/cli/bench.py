@@ -108,7 +108,7 @@ def _timed_rows(device: Device) -> list[dict]:
 
 def _static_rows(archs: list[str] | None) -> list[dict]:
     from trichord_kernels.errors import KernelError
-    from trichord_kernels.static import render_table, static_report
+    from trichord_kernels.static.judge import render_table, static_report
 
     try:
         rows = static_report(archs)

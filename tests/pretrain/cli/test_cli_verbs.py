@@ -158,15 +158,15 @@ def test_bench_kernels_prints_rows(imported, world):
 
 
 def test_bench_static_judges_the_named_architectures_and_fails_with_a_failed_bar(world, monkeypatch, capsys):
-    from trichord_kernels import static
-    from trichord_kernels.static_cases import static_cases
+    from trichord_kernels.static import judge
+    from trichord_kernels.static.cases import static_cases
 
-    case = next(case for case in static_cases() if case.name == "rms_norm_fwd.64.bf16")
-    monkeypatch.setattr(static, "static_cases", lambda: [case])
+    case = next(case for case in static_cases("sm_90") if case.name == "rms_norm_fwd.64.bf16")
+    monkeypatch.setattr(judge, "static_cases", lambda arch: [case])
     command = ["bench", "kernels", "--static", "--arch", "sm_90", "--json", "rows.json"]
     assert main([*command, "--arch", "sm_80"]) == 0
     assert [row["arch"] for row in json.loads((world / "rows.json").read_text())] == ["sm_90", "sm_80"]
-    monkeypatch.setattr(static, "static_cases", lambda: [case, replace(case, row_bytes=case.row_bytes // 2)])
+    monkeypatch.setattr(judge, "static_cases", lambda arch: [case, replace(case, row_bytes=case.row_bytes // 2)])
     assert main(command) == 1
     assert "2 rows, 1 failed bars" in capsys.readouterr().out
     assert [len(row["failures"]) for row in json.loads((world / "rows.json").read_text())] == [0, 1]

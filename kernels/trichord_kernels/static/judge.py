@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trichord_kernels.errors import KernelError
-from trichord_kernels.machine_code import CodeCount, read_amdgcn, read_cubin
-from trichord_kernels.static_cases import StaticCase, static_cases
+from trichord_kernels.static.case import StaticCase
+from trichord_kernels.static.cases import static_cases
+from trichord_kernels.static.machine_code import CodeCount, read_amdgcn, read_cubin
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SMALL_SHARED_KIB = 99  # what consumer parts (sm_86, sm_89, sm_120) offer one program
@@ -53,8 +54,9 @@ def static_report(archs: Sequence[str] | None = None, cases: Sequence[StaticCase
     unknown = sorted(set(archs or ()) - set(ARCHS))
     if unknown:
         raise KernelError(f"static report: expected archs out of {', '.join(ARCHS)}, got {', '.join(unknown)}")
-    cases = static_cases() if cases is None else cases
-    return [judge_case(case, arch) for case in cases for arch in archs or ARCHS]
+    return [
+        judge_case(case, arch) for arch in archs or ARCHS for case in (static_cases(arch) if cases is None else cases)
+    ]
 
 
 def judge_case(case: StaticCase, arch: str) -> dict[str, Any]:

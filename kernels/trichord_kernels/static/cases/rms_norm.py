@@ -1,43 +1,13 @@
-"""What the static judge compiles: one case per kernel, dtype, hidden size and variant, as its launcher would launch it.
-
-An op adds its cases here in the same change that adds its kernels.
-"""
+"""RMSNorm, as its launcher launches it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from trichord_kernels.static.case import ITEM_BYTES, StaticCase
 
 
-@dataclass(frozen=True)
-class StaticCase:
-    """One ahead-of-time compilation and what its machine code may touch.
-
-    row_bytes: bytes of row operands one program must read and write per tile (the algorithm's minimum, counted from
-    the signature). shared_bytes: bytes of a tile's operand shared by all rows (the weight), which threads of every
-    row read again from cache; 0 where it is read before the loop.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    row_bytes: int
-    shared_bytes: int
-    is_forward: bool
-    needs_odd_width: bool = False  # rows of a multiple of 8 but not 16 elements, strides passed (bar 5)
-    attrs: dict[tuple[int, ...], list] = field(default_factory=dict)
-
-
-def static_cases() -> list[StaticCase]:
-    """Every case of every op."""
-    return rms_norm_cases()
-
-
-def rms_norm_cases() -> list[StaticCase]:
+def cases(arch: str) -> list[StaticCase]:
     """bf16 at 4096 is the default; the others vary the width or the dtypes, up to the widest row in float32."""
     grid = [("bf16", "bf16", hidden_size) for hidden_size in (64, 1024, 4096, 4104, 8192)]
     grid += [("bf16", "fp32", 4096), ("fp16", "fp16", 4096), ("fp32", "fp32", 8192)]

@@ -1,0 +1,1 @@
+"""The static judge: compiled kernels, without a GPU, against hard bars."""
