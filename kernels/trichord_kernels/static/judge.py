@@ -86,7 +86,7 @@ def judge_case(case: StaticCase, arch: str) -> dict[str, Any]:
         "whole_stores": str(code.stores),
         "barriers": code.barriers,
         "tensor_core": code.tensor_core,
-        "extra_bytes": threads * (code.hot_loads.thread_bytes + code.hot_stores.thread_bytes) - case.row_bytes,
+        "extra_bytes": threads * (code.hot_loads.thread_bytes + code.hot_stores.thread_bytes) - (case.row_bytes or 0),
     }
     failures = {} if arch.startswith("gfx") else _failed_bars(case, arch, code, row)
     if row["occupancy"] == 0:
@@ -110,7 +110,10 @@ def compile_case(case: StaticCase, arch: str) -> Any:
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), limits.warp_size)
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attrs)
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
+    return triton.compile(source, target=target, options=options)
 
 
 def occupancy(arch: str, num_warps: int, registers: int, shared_kib: float) -> float:
@@ -146,6 +149,8 @@ def _failed_bars(case: StaticCase, arch: str, code: CodeCount, row: dict[str, An
     limit = min(_LIMITS[arch].program_shared_kib, SMALL_SHARED_KIB)
     if row["shared_kib"] > limit:
         failed["6"] = f"expected at most {limit} KiB of shared memory, got {row['shared_kib']}"
+    if case.row_bytes is None:
+        return failed
     if not 0 <= row["extra_bytes"] <= case.shared_bytes:
         failed["8"] = (
             f"expected {case.row_bytes} bytes per tile (and up to {case.shared_bytes} of weight), "
