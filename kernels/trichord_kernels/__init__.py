@@ -1,7 +1,7 @@
 """Fused kernels for multimodal pretraining. Needs torch and triton only.
 
-Public names: `rms_norm`, `log_mel`, `num_mel_frames`. `trichord_kernels.reference` holds the plain-torch twins under
-the same names and signatures: they are the definition of correct, and what runs on a CPU.
+The public names are `__all__`. `trichord_kernels.reference` holds the plain-torch twins under the same names and
+signatures: they are the definition of correct, and what runs on a CPU.
 
 Importing this package imports neither torch nor triton; the first use of a public name does.
 """
@@ -12,12 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trichord_kernels.functional.attention import attention
     from trichord_kernels.functional.rms_norm import rms_norm
     from trichord_kernels.mel import log_mel, num_mel_frames
 
-__all__ = ["log_mel", "num_mel_frames", "rms_norm"]
+__all__ = ["attention", "log_mel", "num_mel_frames", "rms_norm"]
 
 _HOME = {
+    "attention": "trichord_kernels.functional.attention",
     "rms_norm": "trichord_kernels.functional.rms_norm",
     "log_mel": "trichord_kernels.mel",
     "num_mel_frames": "trichord_kernels.mel",

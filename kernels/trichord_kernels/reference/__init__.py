@@ -1,6 +1,7 @@
 """The plain-torch twins: same names and signatures as the public ops, on any device and dtype."""
 
 from trichord_kernels.mel import log_mel
+from trichord_kernels.reference.attention import attention
 from trichord_kernels.reference.rms_norm import rms_norm
 
-__all__ = ["log_mel", "rms_norm"]
+__all__ = ["attention", "log_mel", "rms_norm"]

@@ -1,0 +1,123 @@
+"""`trichord_kernels.attention`."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from trichord_kernels import reference
+from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+
+from importlib.util import find_spec
+
+if HAS_TRITON and find_spec("trichord_kernels.ops.attention"):
+    from trichord_kernels.ops import attention as op
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    span_ends: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    seqused_k: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    span_ends: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    seqused_k: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    span_ends: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    seqused_k: Tensor | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within the segments of a packed stream: `softmax(scale * q k^T) v`, for queries and keys that see
+    each other.
+
+    q (Tq, N, H), k and v (Tk, K, H), one dtype, N a multiple of K (query head n reads key head n * K // N).
+    cu_seqlens_q (S+1,) int32 on q's device: boundaries of the segments; cu_seqlens_k the same for keys, None: those of
+    the queries (self-attention). max_seqlen_q, max_seqlen_k: upper bounds of the lengths, hints only.
+    scale: H ** -0.5 by default. softcap c: scores become c * tanh(scores / c) before the softmax.
+
+    Who sees whom, within a segment. Self-attention: query t sees key j if (causal: j <= t) and (window W: |t - j| < W),
+    or if both lie in the same span. span_ends (Tq,) int32: every token of a bidirectional span carries the stream
+    position just behind the span, any other its own position + 1 (smaller values are read as that); a prefix-LM is a
+    span over the prefix. A span is seen whole, also where it is longer than the window, and is cut at its segment's end.
+    Cross-attention: causal aligns the last query with the last key; span_ends and window are refused.
+    seqused_k (S,) int32: only the first so many keys of each segment exist.
+
+    Returns out (Tq, N, H) in q's dtype; with `return_lse` also lse (N, Tq) float32, the natural log of the sum of the
+    exponentiated scores, without a gradient. Rows outside every segment and rows that see no key: out 0, lse -inf,
+    gradients 0, whatever the inputs hold there. Differentiable in q, k and v. Nothing but the CPU path reads a size
+    from the device.
+
+    Raises:
+        ValueError: operands that do not fit, or dropout above 0.
+        KernelError: a GPU case that the kernels do not cover.
+    """
+    run = op.attention if _through_op(q) else reference.attention
+    return run(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=causal,
+        span_ends=span_ends,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        seqused_k=seqused_k,
+        dropout=dropout,
+        return_lse=return_lse,
+    )
+
+
+def _through_op(q: Tensor) -> bool:
+    """Whether the registered op runs: the kernels, and what has no boundaries to read (a graph being traced, meta)."""
+    if choose_backend(q.device) != "reference":
+        return True
+    return HAS_TRITON and (torch.compiler.is_compiling() or q.device.type == "meta")
