@@ -133,7 +133,9 @@ def data_build(
 
 @data_app.command("split")
 def data_split(
-    shards: Annotated[list[str], typer.Argument(help="Paths, globs, brace ranges or URLs of tar files.")],
+    shards: Annotated[
+        list[str], typer.Argument(help="Tar files: paths, globs, brace ranges, URLs, folders.")
+    ],
     out: Out,
     by: Annotated[
         str | None, typer.Option(help="A folder per value of this key of the json member: licence.id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from trichord.samples.config import SamplesConfig
 from trichord.shards.config import ShardsConfig, SourceConfig
 
 _SHARD = re.compile(r"(\.tar|\.tar\.gz|\.tgz|\.txt)$|://|[*?{\[]")
-_FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
 SHARDS_NAME = "shards"
 """Name of the source where shards are named and no config."""
 
@@ -47,20 +45,9 @@ def find_target(words: Sequence[str]) -> Target:
         raise ConfigError("expected a config, or shards (paths, globs, URLs or folders of .tar files), got nothing")
     named = [bool(_SHARD.search(word)) or os.path.isdir(word) for word in words]
     if all(named):
-        source = SourceConfig(name=SHARDS_NAME, shards=tuple(pattern for word in words for pattern in _patterns(word)))
+        source = SourceConfig(name=SHARDS_NAME, shards=tuple(words))
         return Target(ShardsConfig(sources=(source,)), SamplesConfig(), None)
     if named[0]:
         raise ConfigError(f"expected shards only after {words[0]!r}, got {words[named.index(False)]!r}")
     config = load_run_config(words[0], words[1:])
     return Target(config.shards, config.samples, config)
-
-
-def _patterns(word: str) -> list[str]:
-    """A folder stands for the tars in it."""
-    if not os.path.isdir(word):
-        return [word]
-    folder = glob.escape(word.rstrip("/"))
-    found = [f"{folder}/{pattern}" for pattern in _FOLDER_PATTERNS if glob.glob(f"{folder}/{pattern}")]
-    if not found:
-        raise ConfigError(f"{word}: expected a folder that holds .tar files, and it holds none")
-    return found

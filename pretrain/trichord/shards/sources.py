@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from trichord.core.errors import ConfigError, DataError
 from trichord.shards import remote
 from trichord.shards.config import SourceConfig
-from trichord.shards.locations import filesystem, is_compressed, is_remote, local_path, plain_name, shown
+from trichord.shards.locations import COMPRESSED, filesystem, is_compressed, is_remote, local_path, plain_name, shown
 from trichord.shards.patience import settings
 from trichord.shards.storage import read_whole, with_retries
 
@@ -17,6 +17,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
 _MAGIC = re.compile(r"[*?\[]")
 _UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
+_TARS = (".tar", *COMPRESSED)
 _LIST = ".txt"
 _LIST_PATIENCE = 10  # a glob is many requests
 _MAX_LIST_BYTES = 1 << 28
@@ -29,7 +30,8 @@ def expand_shards(source: SourceConfig) -> list[str]:
     A `.txt` is a list of shards: a path, pattern or URL per line, empty lines and those that start with # left out.
 
     Braces (`{0000..0099}`, zero-padded as the longer bound; `{train,extra}`) are expanded first, then globs (`*`, `?`,
-    `[...]`, `**`). Local shards are checked to exist; remote ones named without a glob are checked when they are read.
+    `[...]`, `**`). A local folder stands for the tars in it, not below it. Local shards are checked to exist; remote
+    ones named without a glob are checked when they are read.
 
     Raises:
         ConfigError: a brace range is malformed, or the URL's file system is unknown or not installed.
@@ -135,10 +137,17 @@ def _resolve(url: str) -> list[str]:
         return _remote_glob(url) if _MAGIC.search(url) else [url]
     path = local_path(url)
     if os.path.isdir(path):
-        raise DataError(f"{path} is a folder; name the tars in it, for example {os.path.join(path, '*.tar')}")
+        return _tars_in(path)
     if os.path.exists(path) or not _MAGIC.search(path):
         return [path]
     return [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+
+
+def _tars_in(folder: str) -> list[str]:
+    found = [os.path.join(folder, name) for name in os.listdir(folder) if name.lower().endswith(_TARS)]
+    if not found:
+        raise DataError(f"{folder}: expected a folder that holds .tar files, and it holds none")
+    return found
 
 
 def _remote_glob(url: str) -> list[str]:

@@ -154,12 +154,14 @@ def test_sources_and_shards_that_cannot_be_read_fail_and_the_rest_is_looked_at(t
     assert "no samples in 1 shards" in capsys.readouterr().out
     assert main(["data", "lint", str(tmp_path / "none-*.tar")]) == 3
     assert "no shard matches" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    assert main(["data", "lint", str(tmp_path / "none")]) == 3
+    assert "holds none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["{folder}"], "holds none"),
         (["{folder}/x.tar", "c.yaml"], "expected shards only"),
         (["none.yaml"], "no such file"),
         ([], "expected a config, or shards"),

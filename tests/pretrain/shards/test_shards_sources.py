@@ -69,9 +69,15 @@ def test_missing_shards_of_a_range_are_counted_and_named(folder):
         expand_shards(_source(f"{folder}/b-{{0..4}}.tar"))
 
 
-def test_a_folder_is_not_a_shard(folder):
-    with pytest.raises(DataError, match=r"is a folder; name the tars"):
-        expand_shards(_source(str(folder)))
+def test_a_folder_stands_for_the_tars_in_it_not_below_it(folder, tmp_path_factory):
+    (folder / "below").mkdir()
+    (folder / "below" / "z.tar").touch()
+    (folder / "notes.md").touch()
+    found = expand_shards(_source(str(folder)))
+    assert found == sorted(str(path) for path in folder.glob("*.tar"))
+    assert found
+    with pytest.raises(DataError, match=r"expected a folder that holds \.tar files, and it holds none"):
+        expand_shards(_source(str(tmp_path_factory.mktemp("empty"))))
 
 
 @pytest.mark.parametrize("ending", ["tar.bz2", "tar.xz", "tar.zst", "gz"])
