@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
-
-from importlib.util import find_spec
 
 if HAS_TRITON and find_spec("trichord_kernels.ops.attention"):
     from trichord_kernels.ops import attention as op
@@ -83,7 +82,8 @@ def attention(
     Who sees whom, within a segment. Self-attention: query t sees key j if (causal: j <= t) and (window W: |t - j| < W),
     or if both lie in the same span. span_ends (Tq,) int32: every token of a bidirectional span carries the stream
     position just behind the span, any other its own position + 1 (smaller values are read as that); a prefix-LM is a
-    span over the prefix. A span is seen whole, also where it is longer than the window, and is cut at its segment's end.
+    span over the prefix. A span is seen whole, also where it is longer than the window; it is cut at its segment's
+    end.
     Cross-attention: causal aligns the last query with the last key; span_ends and window are refused.
     seqused_k (S,) int32: only the first so many keys of each segment exist.
 

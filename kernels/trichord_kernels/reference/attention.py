@@ -2,11 +2,11 @@
 
 Shape letters: T packed tokens, S segments, N query heads, K key/value heads, H head dim.
 
-A query's keys are always one interval, because its window and its span both hold the query itself (`key_intervals`).
-Where a segment's interval is plain (all keys, or all up to the query) it is one call of torch's own attention without a
-mask; elsewhere query rows go in chunks, each against the keys that any of them sees, so that no mask is larger than
-`_MASK_ROWS` x (keys of the chunk). Softcap and the log-sum-exp, which torch's attention does not offer, take an explicit
-softmax over the same chunks; its chunks are computed again in the backward pass instead of being kept.
+A query's keys are always one interval (`visibility.py`). Where a segment's intervals are plain (all keys, or all up to
+the query) it is one call of torch's own attention without a mask; elsewhere query rows go in chunks, each against the
+keys that any of them sees, so that no mask is larger than `_MASK_ROWS` x (keys of the chunk). Softcap and the
+log-sum-exp, which torch's attention does not offer, take an explicit softmax over the same chunks; its chunks are
+computed again in the backward pass instead of being kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from trichord_kernels.reference.visibility import key_intervals
 
 _MASK_ROWS = 256  # query rows per masked call: intervals of near rows are near, so few masked pairs are computed
 _SCORE_ELEMENTS = 2**22  # scores that the explicit path holds at once: 16 MiB in float32
@@ -107,9 +109,8 @@ def _packed(
     """All segments in turn. (Tq, N, H) out, and (N, Tq) lse where the rule is explicit."""
     segments = _read_segments(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, rule)
     if _all_alike(segments, q.shape[0], k.shape[0]) and not rule.explicit:
-        lengths = (segments[0].num_q, segments[0].num_k)
-        pieces = (t.unflatten(0, (-1, length)) for t, length in zip((q, k, v), (lengths[0], lengths[1], lengths[1])))
-        return _torch_attention(*pieces, None, rule, is_causal=rule.causal).flatten(0, 1), None
+        q, k, v = (t.unflatten(0, (len(segments), -1)) for t in (q, k, v))
+        return _torch_attention(q, k, v, None, rule, is_causal=rule.causal).flatten(0, 1), None
     intervals = None
     if rule.explicit or any(segment.masked for segment in segments):
         intervals = key_intervals(
@@ -285,64 +286,6 @@ def _empty_lse(q: Tensor) -> Tensor:
     return q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def key_intervals(
-    num_queries: int,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None = None,
-    *,
-    causal: bool = True,
-    span_ends: Tensor | None = None,
-    window: int | None = None,
-    seqused_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The keys each query sees, as stream positions [first, last), two int64 (num_queries,); last <= first: none.
-
-    This is the visibility rule itself, on any device, without a host sync.
-    """
-    position = torch.arange(num_queries, device=cu_seqlens_q.device)
-    starts_q, ends_q = (part.long() for part in (cu_seqlens_q[:-1], cu_seqlens_q[1:]))
-    starts_k, ends_k = (
-        (starts_q, ends_q) if cu_seqlens_k is None else (cu_seqlens_k[:-1].long(), cu_seqlens_k[1:].long())
-    )
-    exists = ends_k if seqused_k is None else torch.minimum(ends_k, starts_k + seqused_k.long())
-    outside = (position < cu_seqlens_q[0]) | (position >= cu_seqlens_q[-1])
-    segment = torch.searchsorted(ends_q, position, right=True).clamp(max=ends_q.shape[0] - 1)
-    if cu_seqlens_k is None:
-        first, last = _self_intervals(position, starts_q[segment], ends_q[segment], causal, span_ends, window)
-        last = torch.minimum(last, exists[segment])
-    else:
-        first, last = starts_k[segment], exists[segment]
-        if causal:  # the last query sees the last key that exists
-            last = torch.minimum(last, last - ends_q[segment] + position + 1)
-    return first, torch.where(outside, first, last)
-
-
-def _self_intervals(
-    position: Tensor, start: Tensor, end: Tensor, causal: bool, span_ends: Tensor | None, window: int | None
-) -> tuple[Tensor, Tensor]:
-    first = start if window is None else torch.maximum(start, position - window + 1)
-    ahead = end if window is None else torch.minimum(end, position + window)
-    last = position + 1 if causal else ahead
-    if span_ends is None:
-        return first, last
-    span_begin, span_end = span_bounds(span_ends)
-    first = torch.minimum(first, torch.maximum(span_begin.long(), start))
-    return first, torch.maximum(last, torch.minimum(span_end.long(), end))
-
-
-def span_bounds(span_ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Begin and end of the span each token lies in, as stream positions, int32 (T,); no host sync.
-
-    A span is a run of equal `span_ends`, values below the token's own position + 1 being read as that. Segments are not
-    looked at: a span that crosses a boundary is cut by whoever knows the boundaries.
-    """
-    position = torch.arange(span_ends.shape[0], device=span_ends.device, dtype=torch.int32)
-    end = torch.maximum(span_ends.to(torch.int32), position + 1)
-    is_first = F.pad(end[1:] != end[:-1], (1, 0), value=True)[: end.shape[0]]
-    begin = torch.where(is_first, position, 0)
-    return begin.cummax(0).values if begin.numel() else begin, end
-
-
 def check_operands(
     q: Tensor,
     k: Tensor,
@@ -356,7 +299,7 @@ def check_operands(
     dropout: float,
     name: str = "attention",
 ) -> None:
-    """Raise ValueError unless shapes, dtypes, devices and options fit together (both paths refuse the same mistakes)."""
+    """Raise ValueError unless shapes, dtypes, devices and options fit (both paths refuse the same mistakes)."""
     _check_heads(name, q, k, v)
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(
