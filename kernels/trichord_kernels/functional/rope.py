@@ -1,0 +1,54 @@
+"""`trichord_kernels.rope`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from trichord_kernels import reference
+from trichord_kernels.dispatch import choose_backend
+from trichord_kernels.errors import KernelError
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    *,
+    sections: Sequence[int] | None = None,
+    layout: Literal["interleaved", "sectioned"] = "interleaved",
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    attention_scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of q and k in one pass, with the RMS-norm of each head in front where wanted.
+
+    q (T, N, H) and k (T, K, H) float32, bfloat16 or float16, any strides (views of a fused projection, transposed
+    (N, T, H)). position_ids (T,), or (A, T) with one row per axis, any real number type: fractions are positions
+    too. inv_freq (F,) float32 with 2F <= H; dimensions from 2F on pass through. sections: frequencies per axis, which
+    sum to F; `layout` says how they lie: `interleaved` (axes dealt in turn, Qwen3-VL) or `sectioned` (contiguous,
+    Qwen2-VL). Positions (T,) stand for all axes. q_weight, k_weight (H,) in q's dtype or float32: RMS-norm over H
+    first (Qwen3's QK-norm). attention_scaling multiplies cos and sin.
+
+    Returns new contiguous tensors like q and k. Angles, cos and sin are float32 and then rounded to q's dtype as
+    transformers does. Differentiable in q, k and the weights. Raises ValueError for operands that do not fit,
+    KernelError for a GPU case that the kernel does not cover.
+    """
+    if choose_backend(q.device) != "reference":
+        raise KernelError("rope: there is no Triton kernel yet; set TRICHORD_KERNELS=reference")
+    return reference.rope(
+        q,
+        k,
+        position_ids,
+        inv_freq,
+        sections=sections,
+        layout=layout,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        eps=eps,
+        attention_scaling=attention_scaling,
+    )
