@@ -37,3 +37,13 @@ def choose_backend(device: torch.device) -> str:
             "pip install triton, or set TRICHORD_KERNELS=reference"
         )
     return "triton"
+
+
+def through_op(device: torch.device) -> bool:
+    """Whether an op whose reference reads sizes on the host goes through its registered op on `device`.
+
+    Always for Triton; else where there are no values to read: in a graph being traced, and on the meta device.
+    """
+    if choose_backend(device) != "reference":
+        return True
+    return HAS_TRITON and (torch.compiler.is_compiling() or device.type == "meta")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from trichord_kernels import reference
-from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.dispatch import HAS_TRITON, through_op
 
 if HAS_TRITON and find_spec("trichord_kernels.ops.attention"):
     from trichord_kernels.ops import attention as op
@@ -96,7 +95,7 @@ def attention(
         ValueError: operands that do not fit, or dropout above 0.
         KernelError: a GPU case that the kernels do not cover.
     """
-    run = op.attention if _through_op(q) else reference.attention
+    run = op.attention if through_op(q.device) else reference.attention
     return run(
         q,
         k,
@@ -114,10 +113,3 @@ def attention(
         dropout=dropout,
         return_lse=return_lse,
     )
-
-
-def _through_op(q: Tensor) -> bool:
-    """Whether the registered op runs: the kernels, and what has no boundaries to read (a graph being traced, meta)."""
-    if choose_backend(q.device) != "reference":
-        return True
-    return HAS_TRITON and (torch.compiler.is_compiling() or q.device.type == "meta")

@@ -2,7 +2,8 @@
 
 from trichord_kernels.mel import log_mel
 from trichord_kernels.reference.attention import attention
+from trichord_kernels.reference.gated_cross_attention import gated_cross_attention
 from trichord_kernels.reference.rms_norm import rms_norm
 from trichord_kernels.reference.rope import rope
 
-__all__ = ["attention", "log_mel", "rms_norm", "rope"]
+__all__ = ["attention", "gated_cross_attention", "log_mel", "rms_norm", "rope"]
