@@ -9,8 +9,17 @@ from trichord_kernels.static.case import StaticCase
 from trichord_kernels.static.cases import rms_norm
 
 _OPS = (rms_norm,)
+_BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
+
+
+def op_names() -> tuple[str, ...]:
+    return tuple(_BY_NAME)
+
+
+def op_cases(op: str, arch: str) -> list[StaticCase]:
+    """Every case of one op on one architecture (`sm_90`): tile sizes may differ between them."""
+    return _BY_NAME[op].cases(arch)
 
 
 def static_cases(arch: str) -> list[StaticCase]:
-    """Every case of every op on one architecture (`sm_90`): tile sizes may differ between them."""
-    return [case for op in _OPS for case in op.cases(arch)]
+    return [case for op in op_names() for case in op_cases(op, arch)]
