@@ -10,14 +10,16 @@ from pydantic import ValidationError
 
 from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import ItemLengths
+from trichord.checkpoints.doctor import ExpectedModel
 from trichord.checkpoints.load import check_shapes, load_weights, read_train_state, resolve_checkpoint
+from trichord.checkpoints.slices import TRAIN_STATE_FILE, read_json
 from trichord.config.run import RunConfig
-from trichord.core.errors import CheckpointError
+from trichord.core.errors import CheckpointError, TrichordError
 from trichord.encoders.lengths import audio_tokens, image_grid
 from trichord.encoders.log_mel import clip_log_mel
 from trichord.fusion.flops import row_cost
 from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
-from trichord.fusion.model import Trichord, build_model
+from trichord.fusion.model import Trichord, build_model, param_room
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -82,6 +84,22 @@ def build_from_config(config: RunConfig, tokenizer: TextTokenizer, random_weight
         tokenizer.vocab_size,
         tokenizer.special_ids,
     )
+
+
+def expected_model(folder: Path) -> ExpectedModel | str:
+    """The model that a checkpoint's own config builds, without memory for it; or why it cannot be built here."""
+    try:
+        config = stored_config(folder, read_json(folder / TRAIN_STATE_FILE)["config"])
+        tokenizer = load_tokenizer(_tokenizer_of(folder, config))
+        with torch.device("meta"):
+            model = build_from_config(config, tokenizer, random_weights=False)
+    except (TrichordError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return ExpectedModel(shapes, param_room, tuple(tuple(tied) for tied in names.values() if len(tied) > 1))
 
 
 def with_generate(restored: Restored) -> TrichordForConditionalGeneration | None:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from trichord.batches.loader import LoaderState
 from trichord.checkpoints.save import checkpoint_name
-from trichord.checkpoints.slices import MANIFEST_FILE, SliceReader, read_json, read_verified_json
+from trichord.checkpoints.slices import (
+    LOADER_FILE,
+    MANIFEST_FILE,
+    TRAIN_STATE_FILE,
+    SliceReader,
+    read_json,
+    read_verified_json,
+)
 from trichord.checkpoints.state import (
     WEIGHT,
     create_optimizer_state,
@@ -119,14 +126,14 @@ def incomplete_reason(path: Path) -> str | None:
 
 def read_train_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config."""
-    return read_verified_json(folder, "train_state.json")
+    return read_verified_json(folder, TRAIN_STATE_FILE)
 
 
 def read_facts(folder: Path) -> LoadedState:
     """Everything of a checkpoint but its tensors."""
     state = read_train_state(folder)
     return LoadedState(
-        folder, int(state["step"]), state, LoaderState.from_json(read_verified_json(folder, "loader.json"))
+        folder, int(state["step"]), state, LoaderState.from_json(read_verified_json(folder, LOADER_FILE))
     )
 
 

@@ -25,7 +25,9 @@ from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.slices import (
     FORMAT,
     INDEX_FILE,
+    LOADER_FILE,
     MANIFEST_FILE,
+    TRAIN_STATE_FILE,
     hash_file,
     rank_file,
     slice_key,
@@ -34,7 +36,7 @@ from trichord.checkpoints.slices import (
 from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_save
 from trichord.core.errors import CheckpointError
 from trichord.core.log import get_logger
-from trichord.core.status import write_atomically
+from trichord.core.status import fsync_folder, write_atomically
 
 log = get_logger(__name__)
 
@@ -166,7 +168,7 @@ class CheckpointSaver:
             size, digest = write_safetensors(folder / file, tensors)
             done["files"] = {file: {"size": size, "blake2b": digest}}
             if self.rank == 0:
-                path = write_atomically(folder / "train_state.json", json.dumps(facts, indent=1))
+                path = write_atomically(folder / TRAIN_STATE_FILE, json.dumps(facts, indent=1))
                 done["files"][path.name] = {"size": path.stat().st_size, "blake2b": hash_file(path)}
         except Exception as error:  # any failure must reach rank 0, which otherwise waits for this rank
             done = {"error": f"{type(error).__name__}: {error}"}
@@ -209,7 +211,7 @@ class CheckpointSaver:
         """index.json, loader.json, manifest.json, rename, each on disk before the next."""
         files = {name: facts for part in done.values() for name, facts in part["files"].items()}
         loader = LoaderState.merge([LoaderState.from_json(done[rank]["loader"]) for rank in sorted(done)])
-        for name, content in ((INDEX_FILE, _merge_index(done)), ("loader.json", loader.to_json())):
+        for name, content in ((INDEX_FILE, _merge_index(done)), (LOADER_FILE, loader.to_json())):
             path = write_atomically(save.folder / name, json.dumps(content))
             files[name] = {"size": path.stat().st_size, "blake2b": hash_file(path)}
         for rank in done:
@@ -231,7 +233,7 @@ class CheckpointSaver:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(save.folder, final)
-        _fsync(self.folder)
+        fsync_folder(self.folder)
 
     def _remove_old(self) -> None:
         kept = sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
@@ -263,14 +265,6 @@ def _merge_index(done: dict[int, dict[str, Any]]) -> dict[str, Any]:
         for pieces in kinds.values():
             pieces.sort()
     return merged
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_writable(folder: Path) -> None:

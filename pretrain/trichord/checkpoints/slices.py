@@ -19,6 +19,8 @@ from trichord.core.errors import CheckpointError
 FORMAT = 1
 INDEX_FILE = "index.json"
 MANIFEST_FILE = "manifest.json"
+TRAIN_STATE_FILE = "train_state.json"
+LOADER_FILE = "loader.json"
 
 
 def rank_file(rank: int) -> str:

@@ -1,5 +1,6 @@
 """Verbs about runs: train, evaluate, export, plan, report, the quick-start, the Weights & Biases mirror."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,8 +8,8 @@ import typer
 
 from trichord.cli.app import app, track_app
 from trichord.cli.arguments import ConfigPath, JsonFile, Overrides, RunPath
-from trichord.cli.output import print_metrics, write_json
-from trichord.core.errors import ConfigError
+from trichord.cli.output import print_metrics, print_rows, write_json
+from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DONE, ConfigError
 
 
 @app.command()
@@ -77,6 +78,26 @@ def export(
     from trichord.export import export as export_model
 
     print(export_model(checkpoint, out))
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder for its newest one, whole or not.")],
+    json_file: JsonFile = None,
+) -> int:
+    """What is wrong with a checkpoint: files, hashes, slices, keys of each room, values. Exit code 4 if anything is."""
+    from trichord.checkpoints.doctor import examine, find_patient, worst
+    from trichord.restore import expected_model
+    from trichord.tracking.progress import work_progress
+
+    folder = find_patient(path)
+    with work_progress("examining files", sum(1 for _ in folder.iterdir())) as advance:
+        findings = examine(folder, expected_model(folder), lambda: advance(1))
+    verdict = worst(findings)
+    print(f"{folder}: {verdict}")
+    print_rows([{"": f.verdict, "check": f.check, "found": f.detail, "do": f.remedy} for f in findings])
+    write_json(json_file, {"folder": str(folder), "verdict": verdict, "findings": [asdict(f) for f in findings]})
+    return EXIT_CHECKPOINT if verdict == "fail" else EXIT_DONE
 
 
 @app.command()
