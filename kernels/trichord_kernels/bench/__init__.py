@@ -5,17 +5,31 @@ The GPU path has not run on a GPU yet; rows from it say so until its figures sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from trichord_kernels.bench import log_mel, rms_norm
+from trichord_kernels.errors import KernelError
 
 _OPS = (rms_norm, log_mel)
+_BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 
-def bench_kernels(device: str | torch.device = "cpu", repeats: int = 20) -> list[dict]:
-    """Time each op on `device`; `repeats` runs each after two warm-up runs, median reported.
+def op_names() -> tuple[str, ...]:
+    return tuple(_BY_NAME)
+
+
+def bench_kernels(
+    device: str | torch.device = "cpu", repeats: int = 20, ops: Sequence[str] | None = None
+) -> list[dict]:
+    """Time each of `ops` (default: all) on `device`; `repeats` runs each after two warm-up runs, median reported.
 
     Returns JSON-able rows: kernel, shape, dtype, device, backend, time_ms, torch_ms, speedup (torch_ms / time_ms),
-    gb_per_s (the least bytes the op must move, per second), note.
+    gb_per_s (the least bytes the op must move, per second), note. On a GPU, too: tflop_per_s of ops that are bound by
+    arithmetic, ceiling (what of the ceiling measured in the same run it reaches), peak_mib, and a row per contestant.
+    Raises KernelError for an unknown op.
     """
-    return [row for op in _OPS for row in op.rows(torch.device(device), repeats)]
+    if unknown := sorted(set(ops or ()) - set(op_names())):
+        raise KernelError(f"bench: expected ops out of {', '.join(op_names())}, got {', '.join(unknown)}")
+    return [row for op in ops or op_names() for row in _BY_NAME[op].rows(torch.device(device), repeats)]
