@@ -133,9 +133,7 @@ def data_build(
 
 @data_app.command("split")
 def data_split(
-    shards: Annotated[
-        list[str], typer.Argument(help="Tar files: paths, globs, brace ranges, URLs, folders.")
-    ],
+    shards: Annotated[list[str], typer.Argument(help="Tar files: paths, globs, brace ranges, URLs, folders.")],
     out: Out,
     by: Annotated[
         str | None, typer.Option(help="A folder per value of this key of the json member: licence.id")

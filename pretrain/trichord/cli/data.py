@@ -29,9 +29,7 @@ _USED_UP = {
 
 @data_app.command("index")
 def data_index(
-    shards: Annotated[
-        list[str], typer.Argument(help="Tar files: paths, globs, brace ranges, URLs, folders.")
-    ],
+    shards: Annotated[list[str], typer.Argument(help="Tar files: paths, globs, brace ranges, URLs, folders.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Make the sidecars (.idx, .len) of shards, or make stale ones anew."""
