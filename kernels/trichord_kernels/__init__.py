@@ -14,15 +14,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trichord_kernels.functional.attention import attention
     from trichord_kernels.functional.gated_cross_attention import gated_cross_attention
+    from trichord_kernels.functional.linear_cross_entropy import linear_cross_entropy
+    from trichord_kernels.functional.merge_embeddings import merge_embeddings
     from trichord_kernels.functional.rms_norm import rms_norm
     from trichord_kernels.functional.rope import rope
     from trichord_kernels.mel import log_mel, num_mel_frames
 
-__all__ = ["attention", "gated_cross_attention", "log_mel", "num_mel_frames", "rms_norm", "rope"]
+__all__ = [
+    "attention",
+    "gated_cross_attention",
+    "linear_cross_entropy",
+    "log_mel",
+    "merge_embeddings",
+    "num_mel_frames",
+    "rms_norm",
+    "rope",
+]
 
 _HOME = {
     "attention": "trichord_kernels.functional.attention",
     "gated_cross_attention": "trichord_kernels.functional.gated_cross_attention",
+    "linear_cross_entropy": "trichord_kernels.functional.linear_cross_entropy",
+    "merge_embeddings": "trichord_kernels.functional.merge_embeddings",
     "rms_norm": "trichord_kernels.functional.rms_norm",
     "rope": "trichord_kernels.functional.rope",
     "log_mel": "trichord_kernels.mel",

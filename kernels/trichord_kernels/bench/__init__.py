@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from trichord_kernels.bench import log_mel, rms_norm
+from trichord_kernels.bench import log_mel, merge_embeddings, rms_norm
 from trichord_kernels.errors import KernelError
 
-_OPS = (rms_norm, log_mel)
+_OPS = (rms_norm, merge_embeddings, log_mel)
 _BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 

@@ -3,7 +3,17 @@
 from trichord_kernels.mel import log_mel
 from trichord_kernels.reference.attention import attention
 from trichord_kernels.reference.gated_cross_attention import gated_cross_attention
+from trichord_kernels.reference.linear_cross_entropy import linear_cross_entropy
+from trichord_kernels.reference.merge_embeddings import merge_embeddings
 from trichord_kernels.reference.rms_norm import rms_norm
 from trichord_kernels.reference.rope import rope
 
-__all__ = ["attention", "gated_cross_attention", "log_mel", "rms_norm", "rope"]
+__all__ = [
+    "attention",
+    "gated_cross_attention",
+    "linear_cross_entropy",
+    "log_mel",
+    "merge_embeddings",
+    "rms_norm",
+    "rope",
+]

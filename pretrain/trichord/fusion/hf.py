@@ -36,6 +36,7 @@ from trichord.fusion.prompt import (
     prefill_mask,
     prompt_positions,
 )
+from trichord.fusion.splice import splice
 
 _IGNORED_LABEL = -100
 
@@ -305,7 +306,7 @@ def _place(embeds: Tensor, features: Tensor, places: Tensor, what: str) -> Tenso
         raise ValueError(
             f"input_ids have {index.shape[0]} {what} tokens, but the {what} items give {features.shape[0]} features"
         )
-    return embeds.flatten(0, 1).index_copy(0, index, features.to(embeds.dtype)).view_as(embeds)
+    return splice(embeds.flatten(0, 1), features, index).view_as(embeds)
 
 
 def wrap_model(model: Trichord, config: TrichordConfig) -> TrichordForConditionalGeneration:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trichord_kernels import merge_embeddings
+
 
 def rows_in_stream(counts: Sequence[int], lengths: Sequence[int], what: str) -> list[int]:
     """Row numbers, in the flat (R, D) features of all items, of the items that are in the stream.
@@ -28,8 +30,12 @@ def rows_in_stream(counts: Sequence[int], lengths: Sequence[int], what: str) -> 
 
 
 def splice(embeds: Tensor, features: Tensor, index: Tensor) -> Tensor:
-    """embeds (T, D) with its rows `index` (R,) replaced by features (R, D); a new tensor."""
-    return embeds.index_copy(0, index.long(), features.to(embeds.dtype))
+    """embeds (T, D) with its rows `index` (R,) replaced by features (R, D); a new tensor.
+
+    index is int32 or int64, without a row twice; below 0 means no place. With R = 0 both operands stay in the graph: a
+    module without items still runs backwards.
+    """
+    return merge_embeddings(embeds, features.to(embeds.dtype), index)
 
 
 def select_rows(features: Tensor, rows: Sequence[int]) -> Tensor:

@@ -24,6 +24,21 @@ def test_nothing_to_splice_keeps_the_features_in_the_graph():
     assert features.grad is not None
 
 
+def test_features_take_the_dtype_of_the_stream():
+    features = torch.full((1, 2), 1.5, requires_grad=True)
+    out = splice(torch.zeros(3, 2, dtype=torch.bfloat16), features, torch.tensor([1]))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert features.grad.dtype == torch.float32
+    assert features.grad.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("index", [[0, 3], [2, 2]])
+def test_a_place_outside_the_stream_or_taken_twice_is_refused(index):
+    with pytest.raises(ValueError, match="merge_embeddings: expected"):
+        splice(torch.zeros(3, 2), torch.ones(2, 2), torch.tensor(index))
+
+
 def test_items_outside_the_stream_are_passed_over():
     assert rows_in_stream([2, 0, 3], [2, 4, 3], "clip") == [0, 1, 6, 7, 8]
     features = torch.arange(9.0)[:, None]
