@@ -129,7 +129,8 @@ def _packed(
     for segment, q_piece, k_piece, v_piece in zip(
         segments, q.split(gaps_q)[1:-1], k.split(gaps_k)[1:-1], v.split(gaps_k)[1:-1]
     ):
-        k_piece, v_piece = k_piece[: segment.used_k], v_piece[: segment.used_k]
+        if segment.used_k < segment.num_k:
+            k_piece, v_piece = k_piece[: segment.used_k], v_piece[: segment.used_k]
         for out, lse in _segment_attention(q_piece, k_piece, v_piece, segment, intervals, rule):
             outs.append(out)
             lses.append(lse)
@@ -225,7 +226,8 @@ def _rows_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor
     if bool(blind.all()):
         return torch.zeros_like(q), _empty_lse(q)
     begin, end = int(first[~blind].min()), int(last[~blind].max())
-    k, v = k[begin:end], v[begin:end]
+    if end - begin < k.shape[0]:
+        k, v = k[begin:end], v[begin:end]
     keys = torch.arange(begin, end, device=q.device)
     mask = (keys >= first[:, None]) & (keys < last[:, None])
     # A row that sees nothing may hold NaN: it is computed from zeros against all keys, and its result thrown away.

@@ -56,8 +56,8 @@ def check_gate(hidden: Tensor, q: Tensor, gate: Tensor) -> None:
     """Raise ValueError unless hidden and gate fit q (both paths refuse the same mistakes)."""
     if hidden.shape != q.shape or hidden.dtype not in (q.dtype, torch.float32) or hidden.device != q.device:
         raise ValueError(
-            f"gated_cross_attention: expected hidden {tuple(q.shape)} in q's dtype ({q.dtype}) or float32 on {q.device}, "
-            f"got {tuple(hidden.shape)} {hidden.dtype} on {hidden.device}; view it as (Tq, N, H), cast or move it"
+            f"gated_cross_attention: expected hidden {tuple(q.shape)} in q's dtype ({q.dtype}) or float32, on "
+            f"{q.device}, got {tuple(hidden.shape)} {hidden.dtype} on {hidden.device}; view it as (Tq, N, H) or cast it"
         )
     if gate.dim() != 1 or gate.shape[0] not in (1, *q.shape[1:2]) or gate.device != q.device:
         raise ValueError(
