@@ -11,7 +11,8 @@ from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
 from trichord_launch.command import TRAIN_ENTRY, Command, LocalJob, render
 from trichord_launch.machine import require_fit, this_machine
-from trichord_launch.supervise import next_attempt, supervise
+from trichord_launch.record import next_attempt
+from trichord_launch.supervise import supervise
 from trichord_launch.verdict import Verdict
 
 _STOP_MARGIN_S = 60.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import signal
@@ -13,15 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from trichord.core.errors import ConfigError, TrichordError
-from trichord.core.status import Status, clear_rank_statuses, read_status, write_atomically, write_status
+from trichord.core.errors import ConfigError
 from trichord_launch.command import Command
 from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
-from trichord_launch.verdict import Verdict, first_death, judge, last_metrics_step, why_not_restart
+from trichord_launch.record import begin_attempt, end_attempt, next_attempt
+from trichord_launch.verdict import Verdict, first_death, judge, why_not_restart
 
 LOCK_FILE = ".launch.lock"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -47,7 +45,7 @@ def supervise(
         ConfigError: another launcher holds the run, or the folder cannot be written.
     """
     failures: list[Verdict] = []
-    with run_lock(folder), _Signals() as signals:
+    with run_lock(folder), StopSignals() as signals:
         while True:
             attempt = next_attempt(folder)
             command = command_of(attempt, bool(failures))
@@ -99,20 +97,19 @@ def is_held(folder: Path) -> bool:
         return False
 
 
-def next_attempt(folder: Path) -> int:
-    """The number of the next start: one more than the largest under `attempts/`, from 1."""
-    attempts = folder / "attempts"
-    taken = [int(path.name) for path in attempts.iterdir() if path.name.isdigit()] if attempts.is_dir() else []
-    return max(taken, default=0) + 1
-
-
 def _lock(file: IO[str], tries: int) -> bool:
-    """Try to lock an open file; several tries, since `is_held` locks it for an instant."""
+    """Try to lock an open file; several tries, since `is_held` locks it for an instant.
+
+    True also on a file system that knows no locks.
+    """
     for _ in range(tries):
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        time.sleep(0.05)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return True
     return False
 
 
@@ -120,14 +117,13 @@ def _run_attempt(
     folder: Path,
     attempt: int,
     command: Command,
-    signals: _Signals,
+    signals: StopSignals,
     leftover_grace_s: float,
     say: Callable[[str], None],
 ) -> Verdict:
     """One start, from its record to its verdict."""
     launch_id = secrets.token_hex(8)
-    record = folder / "attempts" / str(attempt)
-    _begin(folder, record, attempt, command)
+    record = begin_attempt(folder, attempt, command)
     started = time.monotonic()
     process = subprocess.Popen(
         command.argv,
@@ -145,11 +141,12 @@ def _run_attempt(
     if leftovers:
         say(f"ended {len(leftovers)} processes that the job had left running")
     verdict = judge(folder, signals.received[0] if signals.received else None, first_death(record))
-    _end(folder, record, attempt, verdict, returncode, time.monotonic() - started)
+    seconds = round(time.monotonic() - started, 3)
+    end_attempt(folder, attempt, verdict, {"torchrun_exit_code": returncode, "seconds": seconds})
     return verdict
 
 
-def _wait(process: subprocess.Popen, signals: _Signals, say: Callable[[str], None]) -> int:
+def _wait(process: subprocess.Popen, signals: StopSignals, say: Callable[[str], None]) -> int:
     """Wait for torchrun; pass the first signal on as save-and-stop, and kill on a second Ctrl-C."""
     asked = False
     while True:
@@ -166,42 +163,14 @@ def _wait(process: subprocess.Popen, signals: _Signals, say: Callable[[str], Non
             return process.wait()
 
 
-def _begin(folder: Path, record: Path, attempt: int, command: Command) -> None:
-    """Write down what is started, and set the status so that anything else it says later comes from this attempt."""
-    facts = {
-        "attempt": attempt,
-        "argv": command.argv,
-        "environment": dict(command.environment),
-        "cwd": os.getcwd(),
-        "host": socket.gethostname(),
-        "time": time.time(),
-    }
-    write_atomically(record / "command.json", json.dumps(facts, indent=2) + "\n")
-    clear_rank_statuses(folder)
-    with contextlib.suppress(TrichordError):  # a status file somebody broke is replaced
-        before = read_status(folder)
-        step = max(before.step if before else -1, last_metrics_step(folder))
-        write_status(folder, Status("running", 0, step, "starting", attempt))
-        return
-    write_status(folder, Status("running", 0, last_metrics_step(folder), "starting", attempt))
-
-
-def _end(folder: Path, record: Path, attempt: int, verdict: Verdict, returncode: int, seconds: float) -> None:
-    """Keep the verdict with the attempt, and in `status.json` where the ranks could not write one."""
-    facts = {**asdict(verdict), "torchrun_exit_code": returncode, "seconds": round(seconds, 3), "time": time.time()}
-    write_atomically(record / "verdict.json", json.dumps(facts, indent=2) + "\n")
-    if verdict.outcome == "failed":
-        write_status(folder, Status("failed", verdict.exit_code, verdict.step, verdict.reason, attempt))
-
-
-class _Signals:
+class StopSignals:
     """Collects stop signals while it is entered. received: their numbers in order."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs: it is not for us
                 self._before[number] = signal.signal(number, lambda received, _frame: self.received.append(received))

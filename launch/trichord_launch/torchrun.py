@@ -32,7 +32,10 @@ def _keep(error: Exception) -> None:
         return
     folder = Path(sys.argv[sys.argv.index("--log-dir") + 1])
     failures = sorted(getattr(error, "failures", {}).items(), key=lambda item: item[1].timestamp)
-    facts = [{"rank": rank, "exitcode": failure.exitcode, "pid": failure.pid} for rank, failure in failures]
+    facts = [
+        {"rank": rank, "exitcode": failure.exitcode, "pid": failure.pid, "timestamp": failure.timestamp}
+        for rank, failure in failures
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILURES_FILE).write_text(json.dumps({"failures": facts, "text": str(error)}) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from trichord.core.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_UNEXPECTED, TrichordError
 from trichord.core.status import Status, read_rank_statuses, read_status
@@ -66,24 +66,36 @@ def judge(folder: Path, signal_number: int | None = None, died: str = "") -> Ver
 def first_death(attempt_folder: Path) -> str:
     """`rank 1 died of SIGKILL`, if torchrun saw that the first rank to fail was ended by a signal; else empty."""
     try:
-        failures = json.loads((attempt_folder / "torchrun" / "failures.json").read_text(encoding="utf-8"))["failures"]
-        rank, code = failures[0]["rank"], failures[0]["exitcode"]
+        files = [*attempt_folder.glob("torchrun/failures.json"), *attempt_folder.glob("torchrun/node-*/failures.json")]
+        failures = [f for file in files for f in json.loads(file.read_text(encoding="utf-8"))["failures"]]
+        first = min(failures, key=lambda failure: failure.get("timestamp", 0))
+        rank, code = first["rank"], first["exitcode"]
         return f"rank {rank} died of {signal.Signals(-code).name}" if code < 0 else ""
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
 
 
-def why_not_restart(verdict: Verdict, earlier: Sequence[Verdict], max_restarts: int, interrupted: bool) -> str | None:
+class Crash(Protocol):
+    """Where an earlier attempt crashed."""
+
+    @property
+    def step(self) -> int: ...
+
+
+def why_not_restart(
+    verdict: Verdict, earlier: Sequence[Crash], max_restarts: int, interrupted: bool, same_step_limit: int = 2
+) -> str | None:
     """The reason a failed attempt is the last, or None if the run is to be started again from its last checkpoint.
 
-    earlier: verdicts on the failed attempts of this launch so far.
+    earlier: the crashes of this launch so far. same_step_limit: this many at one step are no bad luck.
     """
     if interrupted:
         return "it was asked to stop"
     if verdict.exit_code in NEVER_RESTARTED:
         return f"exit code {verdict.exit_code} would come again"
-    if any(before.step == verdict.step for before in earlier):
-        return f"it failed twice at step {verdict.step}"
+    if sum(before.step == verdict.step for before in earlier) + 1 >= same_step_limit:
+        times = "twice" if same_step_limit == 2 else f"{same_step_limit} times"
+        return f"it failed {times} at step {verdict.step}"
     if len(earlier) >= max_restarts:
         return f"the budget of {max_restarts} restarts is used up" if max_restarts else "no restarts were asked for"
     return None

@@ -12,7 +12,8 @@ import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
-from trichord_launch.supervise import is_held, next_attempt, run_lock
+from trichord_launch.record import next_attempt
+from trichord_launch.supervise import is_held, run_lock
 
 HERE = Path(__file__).parent
 LIMIT_S = 30.0
