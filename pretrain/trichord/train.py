@@ -36,6 +36,7 @@ from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import PeerWatch, StopFlag
 from trichord.journal import Progress, Recording, Verdict
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, training_lengths
+from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.shards.index import index_shards
 from trichord.shards.sources import expand_shards
 from trichord.shards.storage import configure_storage
@@ -43,7 +44,6 @@ from trichord.tracking.progress import work_progress
 from trichord.tracking.recorder import Recorder
 
 log = get_logger(__name__)
-FOLLOW_FOLDER = "shards"
 MAX_INDEXERS = 16
 
 

@@ -30,6 +30,7 @@ ROOMS = (
     "train",
     "evaluate",
     "export",
+    "provenance",
     "inspection",
     "benchmarks",
     "quickstart",

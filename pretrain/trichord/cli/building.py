@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trichord.cli.app import data_app
+from trichord.cli.output import advancing
 from trichord.core.errors import ConfigError
 
 
@@ -117,7 +116,7 @@ def data_build(
     layout = Layout(prefix, samples_per_shard, round(max_mib * 2**20), shuffle)
     rows = source_rows(source, chosen, options, FieldsConfig(), shuffle is not None)
     identity = source_identity(source, chosen, options)
-    with _advancing("build") as advance:
+    with advancing("build") as advance:
         result = build(
             rows,
             out,
@@ -166,7 +165,7 @@ def data_split(
     configure_logging()
     group_of = by_value(by) if by is not None else by_fractions(_shares(fractions or ""), group)
     urls = expand_shards(SourceConfig(name="arguments", shards=tuple(shards)))
-    with _advancing("split") as advance:
+    with advancing("split") as advance:
         result = split_shards(
             urls,
             out,
@@ -187,24 +186,6 @@ def _print_result(result) -> None:
         print(path)
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(f"{result.samples} samples in {len(result.paths)} shards{left_out}", file=sys.stderr)
-
-
-@contextmanager
-def _advancing(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress whose total is known only once the rows are listed."""
-    from trichord.tracking.progress import work_progress
-
-    with ExitStack() as stack:
-        seen = 0
-        advance: Callable[[int], None] | None = None
-
-        def show(done: int, total: int) -> None:
-            nonlocal seen, advance
-            advance = advance or stack.enter_context(work_progress(what, total))
-            advance(done - seen)
-            seen = done
-
-        yield show
 
 
 def _pairs(values: list[str], example: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
-"""What verbs print and write: plain tables, JSON files."""
+"""What verbs print and write: plain tables, JSON files, progress."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trichord.core.errors import ConfigError
@@ -31,3 +33,21 @@ def print_rows(rows: list[dict]) -> None:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def advancing(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress whose total is known only on the way: yields `show(done, total)`."""
+    from trichord.tracking.progress import work_progress
+
+    with ExitStack() as stack:
+        seen = 0
+        advance: Callable[[int], None] | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal seen, advance
+            advance = advance or stack.enter_context(work_progress(what, total))
+            advance(done - seen)
+            seen = done
+
+        yield show

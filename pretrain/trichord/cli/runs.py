@@ -8,7 +8,7 @@ import typer
 
 from trichord.cli.app import app, track_app
 from trichord.cli.arguments import ConfigPath, JsonFile, Overrides, RunPath
-from trichord.cli.output import print_metrics, print_rows, write_json
+from trichord.cli.output import advancing, print_metrics, print_rows, write_json
 from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DONE, ConfigError
 
 
@@ -98,6 +98,25 @@ def doctor(
     print_rows([{"": f.verdict, "check": f.check, "found": f.detail, "do": f.remedy} for f in findings])
     write_json(json_file, {"folder": str(folder), "verdict": verdict, "findings": [asdict(f) for f in findings]})
     return EXIT_CHECKPOINT if verdict == "fail" else EXIT_DONE
+
+
+@app.command()
+def provenance(
+    run: RunPath,
+    step: Annotated[int, typer.Option(help="Optimizer step, as in metrics.jsonl; 1 is the first.")],
+    lane: Annotated[list[int] | None, typer.Option(help="Of this lane only; repeatable.")] = None,
+    verify: Annotated[bool, typer.Option(help="Plan on to the next checkpoint and compare digests.")] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Which samples a past step was made of, planned anew from the nearest checkpoint before it."""
+    from trichord.provenance import samples_of_step
+
+    with advancing("planning lanes") as show:
+        found = samples_of_step(run, step, lanes=lane, verify=verify, on_progress=show)
+    print_rows([asdict(sample) for sample in found.samples])
+    proof = "not verified" if found.verified_by is None else f"reaches the digest of step {found.verified_by}"
+    typer.echo(f"{len(found.samples)} samples, planned from step {found.planned_from}, {proof}", err=True)
+    write_json(json_file, found.to_json())
 
 
 @app.command()

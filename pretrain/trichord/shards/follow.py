@@ -22,6 +22,8 @@ from trichord.shards.locations import plain_name, shown
 from trichord.shards.sources import expand_shards
 
 _log = get_logger(__name__)
+FOLLOW_FOLDER = "shards"
+"""Of a run folder: where the shards of each epoch of its followed sources are recorded."""
 _FORMAT = "trichord-epoch"
 _VERSION = 1
 

@@ -1,0 +1,183 @@
+"""The story of provenance: which samples a past step was made of, from the run folder and the shards alone.
+
+Nothing is recorded per sample: the order is a pure function of config, seed and step, so the lanes are planned anew
+from the nearest checkpoint before the step. The digest chain of the checkpoint behind it says whether that was right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trichord.batches.lane_reader import LaneReader, LaneRow
+from trichord.batches.loader_state import LaneCursor, LoaderState
+from trichord.batches.order import data_identity, lane_planner
+from trichord.batches.tokenizer import load_tokenizer
+from trichord.batches.windows import SamplePlanner
+from trichord.checkpoints.load import incomplete_reason, read_facts
+from trichord.config.identity import read_run_config
+from trichord.config.run import RunConfig
+from trichord.core.errors import CheckpointError, ConfigError
+from trichord.restore import TOKENIZER_FOLDER, item_lengths, stored_config
+from trichord.shards.follow import FOLLOW_FOLDER
+from trichord.shards.reader import open_sources
+
+
+@dataclass(frozen=True)
+class UsedSample:
+    """One sample of a row. tokens: its length in the stream. left_out: why it was not used after all, if so."""
+
+    lane: int
+    row: int
+    source: str
+    epoch: int
+    shard: str
+    key: str
+    tokens: int
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The samples of a step. planned_from: step of the checkpoint the lanes were planned from, 0 for the start.
+    verified_by: step of the checkpoint whose digests the planned order reached; None where there is none behind."""
+
+    run: str
+    step: int
+    planned_from: int
+    verified_by: int | None
+    samples: list[UsedSample]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def samples_of_step(
+    run: Path,
+    step: int,
+    *,
+    lanes: Sequence[int] | None = None,
+    verify: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Provenance:
+    """The samples of optimizer step `step` (1 is the first, as in `metrics.jsonl`).
+
+    Args:
+        run: the run folder; its shards must be where the config says. lanes: of these only; None: of all.
+        verify: go on planning up to the next checkpoint and compare the digest chains.
+        on_progress: called as (lanes done, lanes).
+
+    Raises:
+        CheckpointError: no run folder; the data is not what the run has seen; the chains differ.
+        ConfigError: no such step or lane.
+    """
+    newest = read_run_config(run)
+    before, behind = _checkpoints_around(run, step)
+    config = _config_of(behind, newest)
+    planner = _planner(run, config)
+    order = lane_planner(config.shards, planner, config.run.seed)
+    numbers = _lanes(lanes, config.batches.num_lanes)
+    start = None if before is None else read_facts(before).loader
+    if start is None:
+        start = LoaderState(
+            0,
+            {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)},
+            data_identity(config.shards, planner, config.run.seed),
+        )
+    start.check_fits(data_identity(config.shards, planner, config.run.seed))
+    goal = None if behind is None or not verify else read_facts(behind).loader
+    bad = _left_out(run, step)
+    samples: list[UsedSample] = []
+    per_lane = config.batches.rows_per_lane
+    for done, lane in enumerate(numbers, start=1):
+        reader = LaneReader(order, planner, config.run.seed, start.lanes[lane])
+        for number in range(start.step, step if goal is None else goal.step):
+            for place in range(per_lane):
+                row = reader.next_row(number)
+                if number == step - 1:
+                    samples += _used(row, lane, lane * per_lane + place, planner, bad)
+        if goal is not None and reader.cursor.chain != goal.lanes[lane].chain:
+            raise CheckpointError(
+                f"{run}: lane {lane} planned from step {start.step} does not reach the digest of checkpoint "
+                f"{goal.step}: weights, tokenizer or filters were others when it was trained; --no-verify lists the "
+                "samples all the same"
+            )
+        on_progress(done, len(numbers))
+    return Provenance(str(run), step, start.step, None if goal is None else goal.step, samples)
+
+
+def _checkpoints_around(run: Path, step: int) -> tuple[Path | None, Path | None]:
+    """The newest checkpoint before the step, and the oldest that has it behind it."""
+    steps = {
+        int(path.name.removeprefix("step-")): path
+        for path in (run / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdigit() and incomplete_reason(path) is None
+    }
+    if step < 1:
+        raise ConfigError(f"--step: expected 1 or more, as in metrics.jsonl, got {step}")
+    last = max([_last_step(run), *steps], default=0)
+    if step > last:
+        raise ConfigError(f"--step: the run {run} has done {last} steps, got {step}")
+    before = max((number for number in steps if number < step), default=None)
+    behind = min((number for number in steps if number >= step), default=None)
+    return (None if before is None else steps[before]), (None if behind is None else steps[behind])
+
+
+def _last_step(run: Path) -> int:
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return max((int(json.loads(line)["step"]) for line in lines[-10:]), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _config_of(behind: Path | None, newest: RunConfig) -> RunConfig:
+    """What the attempt that made the step was told: weights may have changed since."""
+    return newest if behind is None else stored_config(behind, read_facts(behind).train_state["config"])
+
+
+def _planner(run: Path, config: RunConfig) -> SamplePlanner:
+    copy = run / TOKENIZER_FOLDER
+    tokenizer = load_tokenizer(str(copy) if (copy / "tokenizer.json").exists() else config.batches.tokenizer)
+    tables = open_sources(config.shards, run / FOLLOW_FOLDER)
+    return SamplePlanner(
+        tables, config.samples, config.batches, tokenizer, item_lengths(config), config.shards.max_member_bytes
+    )
+
+
+def _lanes(asked: Sequence[int] | None, num_lanes: int) -> list[int]:
+    wrong = [lane for lane in asked or () if not 0 <= lane < num_lanes]
+    if wrong:
+        raise ConfigError(f"--lane: the run has lanes 0 to {num_lanes - 1}, got {wrong[0]}")
+    return list(range(num_lanes)) if not asked else sorted(set(asked))
+
+
+def _used(
+    row: LaneRow, lane: int, number: int, planner: SamplePlanner, bad: dict[tuple[str, str], str]
+) -> list[UsedSample]:
+    return [
+        UsedSample(
+            lane,
+            number,
+            planner.tables[sample.ref.source].name,
+            sample.ref.epoch,
+            sample.shard,
+            sample.key,
+            sample.length,
+            bad.get((sample.shard, sample.key), ""),
+        )
+        for sample in row.samples
+    ]
+
+
+def _left_out(run: Path, step: int) -> dict[tuple[str, str], str]:
+    """(shard, key) -> reason of the samples that turned out bad when this step was decoded."""
+    try:
+        lines = (run / "quarantine.jsonl").read_text().splitlines()
+    except OSError:
+        return {}
+    records = [json.loads(line) for line in lines if line.strip()]
+    return {(r["shard"], r["key"]): r["reason"] for r in records if r.get("step") == step}
