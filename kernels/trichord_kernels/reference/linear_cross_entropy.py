@@ -1,0 +1,214 @@
+"""Linear map to the vocabulary and cross-entropy in one: the definition of correct, and the path of a CPU.
+
+Shapes: T packed tokens, R rows of one chunk, D hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trichord_kernels.reference.linear_cross_entropy_chunks import (
+    LossOptions,
+    Projection,
+    gradients_in_chunks,
+    losses_in_chunks,
+    wide_dtype,
+)
+
+REDUCTIONS = ("none", "sum", "mean")
+_BLOCK_LOGITS = 2**18  # logits worked on at once by the plain-torch row arithmetic: 1 MiB, what a core's cache holds
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    token_weights: Tensor | None = None,
+    reduction: str = "sum",
+    num_labelled: int | None = None,
+) -> Tensor:
+    """Loss of `hidden @ weight.T + bias`; arguments as the public `trichord_kernels.linear_cross_entropy`.
+
+    s = softcap * tanh(logits / softcap) or the logits, d = s - s[label], lse' = logsumexp(d), lse = lse' + s[label]
+    row loss = token weight * (lse' - label_smoothing * mean(d) + z_loss * lse^2), 0 where the row has no label
+
+    Everything is taken relative to the label's own logit, so that an offset common to all logits costs no digits.
+    float64 is allowed too and then stays float64. Rows without a label are dropped first, the others go in chunks
+    whose logits are computed again in the backward pass: no more than one chunk of logits is ever held.
+    """
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    check_operands(hidden, weight, labels, bias, options, token_weights, reduction, num_labelled)
+    losses = _LinearCrossEntropy.apply(hidden, weight, labels, bias, options, num_labelled, compute_dtype_of(hidden))
+    assert isinstance(losses, Tensor)
+    return reduce_losses(losses, labels, ignore_index, token_weights, reduction)
+
+
+def row_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (R, V), labels (R,) -> loss, s[label] and lse' of each row, (R,) float32 each. Overwrites `logits`."""
+    found = []
+    for block, label in _blocks(logits, labels):
+        wide = block.to(wide_dtype(block))
+        if options.softcap is not None:
+            wide = wide.div_(options.softcap).tanh_().mul_(options.softcap)
+        target = wide.gather(1, label[:, None])
+        wide = wide.sub_(target)
+        lse = torch.logsumexp(wide, dim=1)
+        loss = lse + options.z_loss * (lse + target[:, 0]).square()
+        if options.label_smoothing:
+            loss = loss - options.label_smoothing * wide.mean(dim=1)
+        found.append((loss, target[:, 0], lse))
+    loss, target, lse = (torch.cat(parts) for parts in zip(*found))
+    return loss, target, lse
+
+
+def logits_to_gradient(
+    logits: Tensor, labels: Tensor, grad: Tensor, target: Tensor, lse: Tensor, options: LossOptions
+) -> None:
+    """Overwrite logits (R, V) with the gradient by them; grad (R,) is the one by the rows' losses."""
+    for block, y, g, s_y, z in _blocks(logits, labels, *(t[:, None] for t in (grad, target, lse))):
+        wide, slope = block.to(wide_dtype(block)), None
+        if options.softcap is not None:
+            wide = wide.div_(options.softcap).tanh_()
+            slope = 1 - wide.square()
+            wide = wide.mul_(options.softcap)
+        wide = wide.sub_(s_y).sub_(z).exp_().mul_(g * (1 + 2 * options.z_loss * (z + s_y)))
+        if options.label_smoothing:
+            wide = wide.sub_(g * (options.label_smoothing / logits.shape[1]))
+        wide = wide.scatter_add_(1, y[:, None], g * (options.label_smoothing - 1))
+        block.copy_(wide if slope is None else wide.mul_(slope))
+
+
+def _blocks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    rows = max(1, _BLOCK_LOGITS // logits.shape[1])
+    return zip(logits.split(rows), *(t.split(rows) for t in others))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Row losses (T,); the weight is saved as the Parameter itself, whose storage ZeRO-3 swaps."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, options, num_labelled, dtype):
+        order = labelled_rows(labels, options.ignore_index, num_labelled)
+        check_labels(labels if order is None else labels[order], weight.shape[0])
+        with torch.autocast(hidden.device.type, enabled=False):
+            projection = Projection.of(hidden, weight, bias, order, dtype)
+            losses, statistics = losses_in_chunks(projection, labels, options, row_losses)
+        ctx.save_for_backward(hidden, weight, labels, bias, order, statistics)
+        ctx.options, ctx.dtype = options, dtype
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_losses):
+        hidden, weight, labels, bias, order, statistics = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        with torch.autocast(hidden.device.type, enabled=False):
+            projection = Projection.of(hidden, weight, bias, order, ctx.dtype)
+            grads = gradients_in_chunks(
+                projection, labels, grad_losses, statistics, ctx.options, needed, logits_to_gradient
+            )
+        grad_hidden, grad_weight, grad_bias = (
+            None if grad is None else grad.to(t.dtype) for grad, t in zip(grads, (hidden, weight, bias))
+        )
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None
+
+
+def compute_dtype_of(hidden: Tensor) -> torch.dtype | None:
+    """What torch's own linear would compute in: autocast's dtype where it is on (float64 stays), else None."""
+    device_type = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def labelled_rows(labels: Tensor, ignore_index: int, num_labelled: int | None) -> Tensor | None:
+    """Rows that carry a label, in order, (K,) int64; None where that is all of them. Waits for the device."""
+    order = (labels != ignore_index).nonzero()[:, 0]
+    if num_labelled is not None and num_labelled < order.shape[0]:
+        raise ValueError(
+            f"linear_cross_entropy: expected num_labelled of at least the number of labelled rows, got {num_labelled} "
+            f"for {order.shape[0]} rows with a label; count `labels != ignore_index`, or leave it out"
+        )
+    return None if order.shape[0] == labels.shape[0] else order
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a label (of the rows that carry one) that is no row of the weight. Waits for the device."""
+    if labels.numel():
+        for value in (int(labels.amin()), int(labels.amax())):
+            if not 0 <= value < vocab_size:
+                raise ValueError(
+                    f"linear_cross_entropy: expected labels in 0..{vocab_size - 1} (V = {vocab_size} rows of weight) "
+                    f"or ignore_index, got {value}; check the tokenizer's size against the head's"
+                )
+
+
+def reduce_losses(
+    losses: Tensor, labels: Tensor, ignore_index: int, token_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """Row losses (T,) -> the loss: weights, then the sum or the mean over the weights of rows with a label."""
+    labelled = labels != ignore_index
+    if token_weights is not None:  # unlabelled rows may hold anything there
+        token_weights = torch.where(labelled, token_weights.to(losses.dtype), 0.0)
+        losses = losses * token_weights
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if token_weights is None:
+        return losses.sum() / labelled.sum().clamp(min=1)
+    return losses.sum() / token_weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
+
+
+def check_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    token_weights: Tensor | None,
+    reduction: str,
+    num_labelled: int | None,
+) -> None:
+    """Raise ValueError unless shapes, dtypes and options fit together (both paths refuse the same mistakes)."""
+    name = "linear_cross_entropy: expected"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not weight.shape[0]:
+        raise ValueError(
+            f"{name} hidden (T, D) and weight (V, D), V >= 1, got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
+            "flatten the batch and pass the head's own weight"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{name} labels ({hidden.shape[0]},) int64, one per row of hidden, got {tuple(labels.shape)} "
+            f"{labels.dtype}; shift and flatten them, and cast with .long()"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} bias ({weight.shape[0]},), got {tuple(bias.shape)}; pass the head's own bias")
+    dtypes = {t.dtype for t in (hidden, weight, bias) if t is not None}
+    if compute_dtype_of(hidden) is None and len(dtypes) != 1:
+        raise ValueError(
+            f"{name} hidden, weight and bias of one dtype, got {', '.join(sorted(map(str, dtypes)))}; cast, or use "
+            "torch.autocast"
+        )
+    if token_weights is not None and (token_weights.shape != labels.shape or not token_weights.is_floating_point()):
+        raise ValueError(
+            f"{name} token_weights ({labels.shape[0]},) of a floating dtype, got {tuple(token_weights.shape)} "
+            f"{token_weights.dtype}; give one weight per row"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name} reduction of {', '.join(REDUCTIONS)}, got {reduction!r}; use one of these")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"{name} label_smoothing in 0..1, got {options.label_smoothing}; 0 turns it off")
+    if options.softcap is not None and options.softcap <= 0:
+        raise ValueError(f"{name} softcap above 0 or None, got {options.softcap}; None turns it off")
+    if num_labelled is not None and num_labelled < 0:
+        raise ValueError(f"{name} num_labelled of at least 0, got {num_labelled}; None: not known to the host")
