@@ -11,9 +11,10 @@ import pytest
 
 from trichord_kernels.errors import KernelError
 from trichord_kernels.static.case import StaticCase
-from trichord_kernels.static.cases import static_cases
-from trichord_kernels.static.judge import ARCHS, compile_case, judge_case, occupancy, render_table, static_report
-from trichord_kernels.static.machine_code import count_sass, read_amdgcn
+from trichord_kernels.static.cases import op_cases, static_cases
+from trichord_kernels.static.judge import ARCHS, compile_case, judge_case, static_report
+from trichord_kernels.static.limits import occupancy
+from trichord_kernels.static.table import render_table
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -81,7 +82,7 @@ def test_a_kernel_that_does_not_compile_is_a_failed_row() -> None:
 
 def test_table_shows_the_row_and_says_it_is_not_timed() -> None:
     text = render_table([judge_case(_case("rms_norm_fwd.64.bf16"), "sm_90")])
-    assert text.splitlines()[0].split()[:3] == ["kernel", "arch", "num_warps"]
+    assert text.splitlines()[0].split()[:3] == ["kernel", "arch", "warps"]
     assert "pass 1,2,4,6,8" in text
     assert text.endswith("1 rows, 0 failed bars; static, not timed")
 
@@ -89,37 +90,22 @@ def test_table_shows_the_row_and_says_it_is_not_timed() -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(KernelError, match="sm_80, sm_90, sm_100, gfx942, got sm_9"):
         static_report(["sm_90", "sm_9"])
+    with pytest.raises(KernelError, match=r"ops out of rms_norm.*, got norm"):
+        static_report(["sm_90"], ["norm"])
 
 
-SASS = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;          /* 0x00 */
-        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ; /* 0x00 */
-        /*0020*/                   LDG.E.U16 R4, desc[UR4][R2.64] ; /* 0x00 */
-        /*0030*/                   LDG.E.64 R4, desc[UR4][R2.64] ;  /* 0x00 */
-        /*0040*/                   STL.64 [R1+0x8], R4 ;            /* 0x00 */
-        /*0050*/                   LDGSTS.E.BYPASS.64 [R5], [R2] ;  /* 0x00 */
-        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;    /* 0x00 */
-        /*0070*/               @P0 BRA 0x30 ;                       /* 0x00 */
-        /*0080*/                   LDL R4, [R1] ;                   /* 0x00 */
-        /*0090*/                   STG.E desc[UR4][R2.64], R4 ;     /* 0x00 */
-        /*00a0*/                   BRA 0xa0;                        /* 0x00 */
-"""
+def test_processes_give_the_rows_of_one_process() -> None:
+    lines = []
+    rows = static_report(["sm_90"], ["merge_embeddings"], jobs=2, say=lines.append)
+    assert rows == static_report(["sm_90"], ["merge_embeddings"], jobs=1)
+    assert [row["kernel"] for row in rows] == [case.name for case in op_cases("merge_embeddings", "sm_90")]
+    assert len(lines) == len(rows)
 
 
-def test_sass_is_counted() -> None:
-    count = count_sass(SASS)
-    assert (str(count.loads), str(count.loop_loads), str(count.stores)) == ("2/4", "1/2", "0/1")
-    assert count.has_loop
-    assert count.loads.thread_bytes == 16 + 2 + 8 + 8
-    assert (count.spill_store_bytes, count.spill_load_bytes, count.loop_spill_bytes) == (8, 4, 8)
-    assert count.barriers == 1
-
-
-def test_amd_assembly_is_counted() -> None:
-    text = "\tglobal_load_dwordx4 v[0:3], v0\n\tbuffer_load_ushort v1\n\tbuffer_store_dwordx4 v[0:3]\n\ts_barrier\n"
-    count = read_amdgcn(text + "    .vgpr_count:     23\n    .vgpr_spill_count: 2\n")
-    assert (str(count.loads), str(count.stores), count.barriers) == ("1/2", "1/1", 1)
-    assert (count.registers, count.spill_store_bytes) == (23, 8)
+def test_peers_stand_beside_the_row_that_does_their_work() -> None:
+    lines = render_table([judge_case(_case("add_rms_norm_bwd.4096.bf16"), "sm_90")]).splitlines()
+    assert lines[2].split()[:5] == ["beside:", "Liger", "add_rms_bwd.4096", "sm_90", "-"]
+    assert "99" in lines[2]
 
 
 def test_occupancy_by_hand() -> None:

@@ -35,8 +35,8 @@ def peak_mib(make: Callable[..., Callable[[], object]], *args: object) -> float:
     except EOFError as error:
         process.join()
         raise KernelError(
-            f"peak memory of {make.__name__}: expected a figure from the process, got exit code {process.exitcode}; its "
-            "error stands above"
+            f"peak memory of {make.__name__}: expected a figure from the process, got exit code {process.exitcode}; "
+            "its error stands above"
         ) from error
     process.join()
     return round(peak_kib / 1024, 1)

@@ -1,99 +1,88 @@
 """The static judge: compile every kernel ahead of time, without a GPU, and hold its machine code to hard bars.
 
-It shows that a kernel compiles for each architecture, does not spill, moves its rows in 128-bit accesses and fits.
-It cannot show time, bandwidth or races: every row says "static, not timed". docs/kernels/static.md has the bars.
+It shows that a kernel compiles for each architecture, does not spill, uses the tensor cores it should, moves its data
+in 128-bit accesses and fits. It cannot show time, bandwidth or races: every row says "static, not timed".
+docs/kernels/static.md has the bars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from typing import Any
 
 from trichord_kernels.errors import KernelError
+from trichord_kernels.static.bars import add_small_twins, failed_bars, judged_bars
 from trichord_kernels.static.case import StaticCase
-from trichord_kernels.static.cases import static_cases
-from trichord_kernels.static.machine_code import CodeCount, read_amdgcn, read_cubin
+from trichord_kernels.static.cases import op_cases, op_names
+from trichord_kernels.static.limits import LIMITS, occupancy
+from trichord_kernels.static.machine_code import KernelCode, read_amdgcn, read_cubin
+from trichord_kernels.static.serial_bound import loop_bounds
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SMALL_SHARED_KIB = 99  # what consumer parts (sm_86, sm_89, sm_120) offer one program
 
 
-@dataclass(frozen=True)
-class ArchLimits:
-    """What one multiprocessor (CU) holds. Registers are 32-bit, allocated to a thread in whole granules."""
+def static_report(
+    archs: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    jobs: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict]:
+    """Compile each case of `ops` (default: all) for each architecture (default: all four) and judge it.
 
-    warp_size: int
-    max_warps: int
-    max_programs: int
-    max_program_warps: int
-    registers: int
-    register_granule: int
-    shared_kib: int
-    program_shared_kib: int
-    system_shared_kib: int  # taken from every program's share
-
-
-_LIMITS = {
-    "sm_80": ArchLimits(32, 64, 32, 32, 65536, 8, 164, 163, 1),
-    "sm_90": ArchLimits(32, 64, 32, 32, 65536, 8, 228, 227, 1),
-    "sm_100": ArchLimits(32, 64, 32, 32, 65536, 8, 228, 227, 1),
-    "gfx942": ArchLimits(64, 32, 32, 16, 131072, 8, 64, 64, 0),
-}
-
-
-def static_report(archs: Sequence[str] | None = None, cases: Sequence[StaticCase] | None = None) -> list[dict]:
-    """Compile each case for each architecture and judge it. Needs no GPU; about 0.3 s per row, cached by Triton.
-
-    Returns JSON-able rows with: kernel, arch, num_warps, registers, spill_store_bytes, spill_load_bytes,
-    loop_spill_bytes, shared_kib, occupancy (share of the warp slots), loads and stores ("wide/all" of the hot part),
-    whole_loads, whole_stores, barriers, tensor_core, extra_bytes (moved per tile beyond the minimum), bars
-    ({number: "pass" | "fail"}), failures (list of sentences), note. Raises KernelError for an unknown architecture or
-    under the interpreter.
+    Needs no GPU: 0.3 s for a row kernel, up to 20 s for a matmul, in `jobs` processes (default: the processors this
+    one may use); Triton caches what it compiled. `say` gets a line per row. Returns the JSON-able rows of `judge_case`,
+    in the order of the cases. Raises KernelError for an unknown architecture or op, or under the interpreter.
     """
-    unknown = sorted(set(archs or ()) - set(ARCHS))
-    if unknown:
-        raise KernelError(f"static report: expected archs out of {', '.join(ARCHS)}, got {', '.join(unknown)}")
-    return [
-        judge_case(case, arch) for arch in archs or ARCHS for case in (static_cases(arch) if cases is None else cases)
+    _check_names("archs", ARCHS, archs)
+    _check_names("ops", op_names(), ops)
+    tasks = [
+        (arch, op, index)
+        for arch in archs or ARCHS
+        for op in ops or op_names()
+        for index in range(len(op_cases(op, arch)))
     ]
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(tasks))
+    rows: dict[tuple[str, str, int], dict] = {}
+    for task, row in _judged(tasks, jobs):
+        rows[task] = row
+        say(f"{len(rows)}/{len(tasks)} {row['kernel']} on {row['arch']}: {'; '.join(row['failures']) or 'done'}")
+    ordered = [rows[task] for task in tasks]
+    add_small_twins(ordered)
+    return ordered
 
 
-def judge_case(case: StaticCase, arch: str) -> dict[str, Any]:
-    """One row of the report. A case that does not compile is a row that fails bar 1, not an exception."""
+def judge_case(case: StaticCase, arch: str, op: str = "") -> dict[str, Any]:
+    """One row of the report. A case that does not compile is a row that fails bar 1, not an exception.
+
+    Keys: kernel, op, arch, num_warps, num_stages, is_forward, head_dim, is_reported, note; registers;
+    spill_store_bytes and spill_load_bytes of the whole kernel, hot_spill_bytes and loop_spill_bytes of the hot part and
+    of all loops, cold_spill_bytes of what lies in no loop; shared_kib, tensor_memory_columns (sm_100); occupancy (share
+    of the warp slots); loads and stores ("wide/all" of the hot part), whole_loads, whole_stores; barriers; tensor_core
+    ({opcode: count}), tensor_loops (what each innermost loop that uses tensor cores holds, the hot one first);
+    tensor_bound and serial_bound (sm_80, sm_90: see serial_bound.py); extra_bytes (moved per tile beyond the minimum);
+    bars ({number: "pass" | "fail"}), failures (sentences) and, for rows that are never failed, reported (sentences).
+    """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import PTXASError
 
-    head = {"kernel": case.name, "arch": arch, "num_warps": case.num_warps, "note": "static, not timed"}
+    is_reported = case.report_only or (case.matmul and arch.startswith("gfx"))
+    row: dict[str, Any] = {"kernel": case.name, "op": op or case.name, "arch": arch, "note": "static, not timed"}
+    row |= {"num_warps": case.num_warps, "num_stages": case.num_stages, "is_forward": case.is_forward}
+    row |= {"head_dim": case.head_dim, "is_reported": is_reported}
     try:
         compiled = compile_case(case, arch)
     except (CompilationError, PTXASError, RuntimeError) as error:
-        return {**head, "bars": {"1": "fail"}, "failures": [f"bar 1: does not compile: {error}"]}
-    code = read_amdgcn(compiled.asm["amdgcn"]) if arch.startswith("gfx") else read_cubin(compiled.asm["cubin"])
-    shared_kib = round(compiled.metadata.shared / 1024, 2)
-    threads = case.num_warps * _LIMITS[arch].warp_size
-    row = {
-        **head,
-        "registers": code.registers,
-        "spill_store_bytes": code.spill_store_bytes,
-        "spill_load_bytes": code.spill_load_bytes,
-        "loop_spill_bytes": code.loop_spill_bytes,
-        "shared_kib": shared_kib,
-        "occupancy": occupancy(arch, case.num_warps, code.registers, shared_kib),
-        "loads": str(code.hot_loads),
-        "stores": str(code.hot_stores),
-        "whole_loads": str(code.loads),
-        "whole_stores": str(code.stores),
-        "barriers": code.barriers,
-        "tensor_core": code.tensor_core,
-        "extra_bytes": threads * (code.hot_loads.thread_bytes + code.hot_stores.thread_bytes) - (case.row_bytes or 0),
-    }
-    failures = {} if arch.startswith("gfx") else _failed_bars(case, arch, code, row)
-    if row["occupancy"] == 0:
-        failures["1"] = f"compiles, but {case.num_warps} warps of {code.registers} registers do not fit on {arch}"
-    judged = ["1"] if arch.startswith("gfx") else ["1", "2", "4", *(["5"] if case.needs_odd_width else []), "6", "8"]
-    row["bars"] = {bar: "fail" if bar in failures else "pass" for bar in judged}
-    row["failures"] = [f"bar {bar}: {why}" for bar, why in failures.items()]
+        failed, judged = {"1": f"does not compile: {error}"}, ["1"]
+    else:
+        code = read_amdgcn(compiled.asm["amdgcn"]) if arch.startswith("gfx") else read_cubin(compiled.asm["cubin"])
+        row |= _figures(case, arch, code, compiled.metadata)
+        failed, judged = failed_bars(case, arch, code, row), judged_bars(case, arch)
+    sentences = [f"bar {bar}: {why}" for bar, why in failed.items()]
+    row["bars"] = {bar: "fail" if bar in failed else "pass" for bar in judged}
+    row["failures"], row["reported"] = ([], sentences) if is_reported else (sentences, [])
     return row
 
 
@@ -105,7 +94,7 @@ def compile_case(case: StaticCase, arch: str) -> Any:
 
     if not isinstance(case.kernel, triton.JITFunction):
         raise KernelError("static report: the kernels were imported under the interpreter; unset TRITON_INTERPRET")
-    limits = _LIMITS[arch]
+    limits = LIMITS[arch]
     target = GPUTarget("hip", arch, limits.warp_size)
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), limits.warp_size)
@@ -116,69 +105,66 @@ def compile_case(case: StaticCase, arch: str) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def occupancy(arch: str, num_warps: int, registers: int, shared_kib: float) -> float:
-    """Estimated share of the warp slots that programs of this size fill: warp slots, registers, shared memory."""
-    limits = _LIMITS[arch]
-    granule = limits.register_granule
-    registers_per_warp = -(-max(registers, 1) // granule) * granule * limits.warp_size
-    if num_warps > limits.max_program_warps or shared_kib > limits.program_shared_kib:
-        return 0.0
-    shared_per_program = shared_kib + limits.system_shared_kib
-    programs = min(
-        limits.max_programs,
-        limits.max_warps // num_warps,
-        limits.registers // registers_per_warp // num_warps,
-        int(limits.shared_kib // shared_per_program) if shared_per_program else limits.max_programs,
-    )
-    return round(programs * num_warps / limits.max_warps, 2)
+def _figures(case: StaticCase, arch: str, code: KernelCode, metadata: Any) -> dict[str, Any]:
+    shared_kib = round(metadata.shared / 1024, 2)
+    bounds = None
+    if code.tensor_loops:
+        bounds = loop_bounds(arch, case.num_warps, code.hot, case.flops_per_iteration)
+    threads = case.num_warps * LIMITS[arch].warp_size
+    moved = threads * (code.hot.loads.thread_bytes + code.hot.stores.thread_bytes)
+    return {
+        "registers": code.registers,
+        "spill_store_bytes": code.whole.spill_store_bytes,
+        "spill_load_bytes": code.whole.spill_load_bytes,
+        "hot_spill_bytes": code.hot.spill_bytes,
+        "loop_spill_bytes": code.loops.spill_bytes,
+        "cold_spill_bytes": code.whole.spill_bytes - code.loops.spill_bytes,
+        "shared_kib": shared_kib,
+        "tensor_memory_columns": getattr(metadata, "tmem_size", 0) or 0,
+        "occupancy": occupancy(arch, case.num_warps, code.registers, shared_kib),
+        "loads": str(code.hot.loads),
+        "stores": str(code.hot.stores),
+        "whole_loads": str(code.whole.loads),
+        "whole_stores": str(code.whole.stores),
+        "barriers": code.whole.barriers,
+        "tensor_core": dict(code.whole.tensor_core),
+        "tensor_loops": [
+            {
+                "instructions": loop.instructions,
+                "tensor_core": loop.tensor_core.total(),
+                "compares": loop.compares,
+                "selects": loop.selects,
+                "exponentials": loop.exponentials,
+                "spill_bytes": loop.spill_bytes,
+            }
+            for loop in code.tensor_loops
+        ],
+        "tensor_bound": bounds and bounds.tensor_bound,
+        "serial_bound": bounds and bounds.serial_bound,
+        "extra_bytes": None if case.row_bytes is None else moved - case.row_bytes,
+    }
 
 
-def _failed_bars(case: StaticCase, arch: str, code: CodeCount, row: dict[str, Any]) -> dict[str, str]:
-    """{bar: what was expected and found} for the hard bars of a row kernel on an NVIDIA target."""
-    failed = {}
-    spilled, allowed = code.spill_store_bytes + code.spill_load_bytes, 64 if arch == "sm_80" else 0
-    if spilled > allowed or code.loop_spill_bytes:
-        failed["2"] = (
-            f"expected at most {allowed} spill bytes and none in the loop, got {spilled} and {code.loop_spill_bytes}"
-        )
-    loads, stores = code.hot_loads, code.hot_stores
-    if loads.wide_share < 0.9 or stores.wide_share < 1.0:
-        failed["4"] = f"expected 90 % of loads and all stores of 128 bits, got {loads} loads, {stores} stores"
-        if case.needs_odd_width:
-            failed["5"] = f"rows of a multiple of 8, strides passed: {failed['4']}"
-    limit = min(_LIMITS[arch].program_shared_kib, SMALL_SHARED_KIB)
-    if row["shared_kib"] > limit:
-        failed["6"] = f"expected at most {limit} KiB of shared memory, got {row['shared_kib']}"
-    if case.row_bytes is None:
-        return failed
-    if not 0 <= row["extra_bytes"] <= case.shared_bytes:
-        failed["8"] = (
-            f"expected {case.row_bytes} bytes per tile (and up to {case.shared_bytes} of weight), "
-            f"got {case.row_bytes + row['extra_bytes']}"
-        )
-    elif case.is_forward and row["occupancy"] < 0.5:
-        failed["8"] = f"expected occupancy of at least 0.5 in the forward, got {row['occupancy']}"
-    return failed
+def _check_names(what: str, known: Sequence[str], asked: Sequence[str] | None) -> None:
+    if unknown := sorted(set(asked or ()) - set(known)):
+        raise KernelError(f"static report: expected {what} out of {', '.join(known)}, got {', '.join(unknown)}")
 
 
-_COLUMNS = ("kernel", "arch", "num_warps", "registers", "spills", "shared_kib", "occupancy")
-_COLUMNS += ("loads", "stores", "barriers", "tensor_core", "bars")
+_Task = tuple[str, str, int]
 
 
-def render_table(rows: Sequence[dict]) -> str:
-    """The rows as aligned plain text, failures spelled out below. Loads and stores are "wide/all" of the hot part."""
-    cells = [_COLUMNS, *(tuple(_cell(row, column) for column in _COLUMNS) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-    failures = [f"{row['kernel']} on {row['arch']}: {why}" for row in rows for why in row["failures"]]
-    verdict = f"{len(rows)} rows, {len(failures)} failed bars; static, not timed"
-    return "\n".join([*lines, *failures, verdict])
+def _judged(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, dict]]:
+    """(task, row) as they are done: here for one job, else in processes, which look their case up (kernels do not
+    travel between processes)."""
+    if jobs <= 1:
+        yield from ((task, _judge_task(task)) for task in tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        pending = {pool.submit(_judge_task, task): task for task in tasks}
+        for done in as_completed(pending):
+            yield pending[done], done.result()
 
 
-def _cell(row: dict, column: str) -> str:
-    if column == "spills":
-        return f"{row['spill_store_bytes']}/{row['spill_load_bytes']}" if "spill_store_bytes" in row else "-"
-    if column == "bars":
-        bad = [bar for bar, verdict in row["bars"].items() if verdict == "fail"]
-        return f"fail {','.join(bad)}" if bad else f"pass {','.join(row['bars'])}"
-    return str(row.get(column, "-"))
+def _judge_task(task: _Task) -> dict:
+    arch, op, index = task
+    return judge_case(op_cases(op, arch)[index], arch, op)

@@ -24,13 +24,19 @@ def bench_kernels(
     archs: Annotated[
         list[str] | None, typer.Option("--arch", help="With --static: sm_90 and so on, repeatable; default: all.")
     ] = None,
+    ops: Annotated[
+        list[str] | None, typer.Option("--op", help="attention and so on, repeatable; default: all.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="With --static: compilations at a time; default: one per processor.")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to time them.")] = Device.cpu,
     json_file: JsonFile = None,
 ) -> int:
     """Time every kernel against plain torch, or let the compiler judge it: exit code 1 if it fails a bar."""
-    if archs and not static:
-        raise ConfigError("--arch is for --static; timings are of the device that is there, see --device")
-    rows = _static_rows(archs) if static else _timed_rows(device)
+    if (archs or jobs) and not static:
+        raise ConfigError("--arch and --jobs are for --static; timings are of the device that is there, see --device")
+    rows = _static_rows(archs, ops, jobs) if static else _timed_rows(device, ops)
     write_json(json_file, rows)
     return EXIT_UNEXPECTED if any(row.get("failures") for row in rows) else EXIT_DONE
 
@@ -91,7 +97,7 @@ def _target_row(target: dict) -> dict:
     return {"target": target["what"], "measured": target["value"], "asked": f"{sign} {target['bar']:.3g}", "": verdict}
 
 
-def _timed_rows(device: Device) -> list[dict]:
+def _timed_rows(device: Device, ops: list[str] | None) -> list[dict]:
     import torch
 
     if device is Device.cuda and not torch.cuda.is_available():
@@ -100,18 +106,23 @@ def _timed_rows(device: Device) -> list[dict]:
             "built for it, or let the compiler judge the kernels by --static"
         )
     from trichord_kernels.bench import bench_kernels as run_bench
+    from trichord_kernels.errors import KernelError
 
-    rows = run_bench(device.value)
+    try:
+        rows = run_bench(device.value, ops=ops)
+    except KernelError as error:
+        raise ConfigError(str(error)) from error
     print_rows(rows)
     return rows
 
 
-def _static_rows(archs: list[str] | None) -> list[dict]:
+def _static_rows(archs: list[str] | None, ops: list[str] | None, jobs: int | None) -> list[dict]:
     from trichord_kernels.errors import KernelError
-    from trichord_kernels.static.judge import render_table, static_report
+    from trichord_kernels.static.judge import static_report
+    from trichord_kernels.static.table import render_table
 
     try:
-        rows = static_report(archs)
+        rows = static_report(archs, ops, jobs, lambda line: typer.echo(line, err=True))
     except KernelError as error:
         raise ConfigError(str(error)) from error
     print(render_table(rows))

@@ -79,7 +79,9 @@ COMMAND_LINE = [
     Mistake("option of a wrong type", "plan c.yaml --gpus many", USAGE, "should be a valid integer"),
     Mistake("option out of range", "plan c.yaml --gpus 0", USAGE, "greater than or equal to 1"),
     Mistake("unknown architecture", "bench kernels --static --arch sm_9", USAGE, "sm_100, gfx942, got sm_9"),
-    Mistake("architecture of no compilation", "bench kernels --arch sm_90", USAGE, "--arch is for --static"),
+    Mistake("architecture of no compilation", "bench kernels --arch sm_90", USAGE, "--jobs are for --static"),
+    Mistake("unknown op", "bench kernels --op atention", USAGE, "got atention"),
+    Mistake("unknown op to judge", "bench kernels --static --op atention", USAGE, "got atention"),
     Mistake("device of no choice", "bench kernels --device tpu", USAGE, "'tpu' is not one of 'cpu', 'cuda'"),
     Mistake("unknown choice", "data tokenizer x.txt --out t --kind bert", USAGE, "'bert' is not one of 'bpe'"),
 ]

@@ -162,11 +162,12 @@ def test_bench_static_judges_the_named_architectures_and_fails_with_a_failed_bar
     from trichord_kernels.static.cases import static_cases
 
     case = next(case for case in static_cases("sm_90") if case.name == "rms_norm_fwd.64.bf16")
-    monkeypatch.setattr(judge, "static_cases", lambda arch: [case])
-    command = ["bench", "kernels", "--static", "--arch", "sm_90", "--json", "rows.json"]
+    monkeypatch.setattr(judge, "op_cases", lambda op, arch: [case])
+    command = ["bench", "kernels", "--static", "--op", "rms_norm", "--jobs=1", "--arch", "sm_90", "--json", "rows.json"]
     assert main([*command, "--arch", "sm_80"]) == 0
     assert [row["arch"] for row in json.loads((world / "rows.json").read_text())] == ["sm_90", "sm_80"]
-    monkeypatch.setattr(judge, "static_cases", lambda arch: [case, replace(case, row_bytes=case.row_bytes // 2)])
+    assert "2/2 rms_norm_fwd.64.bf16 on sm_80: done" in capsys.readouterr().err
+    monkeypatch.setattr(judge, "op_cases", lambda op, arch: [case, replace(case, row_bytes=case.row_bytes // 2)])
     assert main(command) == 1
     assert "2 rows, 1 failed bars" in capsys.readouterr().out
     assert [len(row["failures"]) for row in json.loads((world / "rows.json").read_text())] == [0, 1]
