@@ -12,6 +12,7 @@ def test_cpu_rows() -> None:
     assert [row["kernel"] for row in rows] == [
         "add_rms_norm_fwd",
         "add_rms_norm_fwd_bwd",
+        "linear_cross_entropy_fwd_bwd",
         "merge_embeddings_fwd",
         "merge_embeddings_fwd_bwd",
         "log_mel",

@@ -289,7 +289,7 @@ def _path(
         return projection, row_losses, logits_to_gradient
     _check(hidden, weight, labels, bias)
     order = _labelled_first(labels, options.ignore_index, num_labelled)
-    projection = Projection.of(hidden, weight, bias, order, compute_dtype, ROW_MULTIPLE)
+    projection = Projection.of(hidden, weight, bias, order, compute_dtype, ROW_MULTIPLE, all_labelled=False)
     return projection, _row_losses, _logits_to_gradient
 
 

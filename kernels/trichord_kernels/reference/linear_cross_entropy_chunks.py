@@ -38,7 +38,8 @@ LogitsToGradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossOptions
 class Projection:
     """The operands of the matrix products. `order`: the rows to visit (K,) int64, None for all in turn.
 
-    row_multiple: rows of the logits buffer start at multiples of so many elements.
+    row_multiple: rows of the logits buffer start at multiples of so many elements. all_labelled: every row that is
+    visited has a label; else those without one may hold anything and count for nothing.
     """
 
     hidden: Tensor
@@ -46,6 +47,7 @@ class Projection:
     bias: Tensor | None
     order: Tensor | None
     row_multiple: int = 1
+    all_labelled: bool = True
 
     @classmethod
     def of(
@@ -56,11 +58,12 @@ class Projection:
         order: Tensor | None,
         dtype: torch.dtype | None,
         row_multiple: int = 1,
+        all_labelled: bool = True,
     ) -> Projection:
         """The operands in the dtype that the products run in (None: their own)."""
         dtype = dtype or hidden.dtype
         bias = None if bias is None else bias.to(dtype)
-        return cls(hidden.to(dtype), weight.to(dtype), bias, order, row_multiple)
+        return cls(hidden.to(dtype), weight.to(dtype), bias, order, row_multiple, all_labelled)
 
     def chunks(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
         """Per chunk: which rows, their hidden states (R, D), their logits (R, V), valid until the next one."""
@@ -111,6 +114,8 @@ def gradients_in_chunks(
         if grad_hidden is not None:
             grad_hidden[index] = torch.mm(logits, weight)
         if grad_weight is not None:
+            if not projection.all_labelled:  # 0 times NaN is not 0
+                x = x.masked_fill((labels[index] == options.ignore_index)[:, None], 0.0)
             add_product(grad_weight, logits.t(), x)
         if grad_bias is not None:
             grad_bias += logits.sum(dim=0, dtype=grad_bias.dtype)
