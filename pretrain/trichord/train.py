@@ -26,10 +26,9 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
-from trichord.core.schedule import lr_multiplier
 from trichord.core.seed import derive_seed
 from trichord.core.status import clear_rank_statuses
-from trichord.engine.build import apply_timeout, build_engine, set_lr, start_process_group
+from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.features import SlotLayout
 from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
@@ -129,8 +128,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         waited = time.monotonic()
         batch: StepBatch = next(steps)
         wait_s = time.monotonic() - waited
-        lr = config.engine.lr * lr_at(config, progress.step)
-        set_lr(engine, lr)
+        lr = set_rates(engine, config.engine, progress.step, total_steps)
         result = stepper.run(batch.micro_batches, local_counts(batch, stop))
         progress.advance(result)
         verdict.step = progress.step
@@ -246,17 +244,6 @@ def slot_layout(config: RunConfig, world_size: int) -> SlotLayout:
     """Micro-steps per step, and sample slots per micro-step."""
     rows, micro_rows = config.batches.rows_per_step, config.batches.micro_rows
     return SlotLayout(micro_rows * config.batches.max_samples_per_row, math.ceil(rows / (world_size * micro_rows)))
-
-
-def lr_at(config: RunConfig, step: int) -> float:
-    engine = config.engine
-    return lr_multiplier(
-        engine.schedule,
-        step,
-        warmup_steps=engine.warmup_steps,
-        total_steps=config.run.max_steps or 0,
-        min_ratio=engine.min_lr_ratio,
-    )
 
 
 def local_counts(batch: StepBatch, stop: StopFlag) -> dict[str, float]:

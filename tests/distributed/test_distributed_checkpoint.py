@@ -24,11 +24,10 @@ pytestmark = pytest.mark.distributed
 FIRST_STEPS = 4
 
 
-def engine_config(stage: int) -> EngineConfig:
+def engine_config(stage: int, rates: dict | None = None) -> EngineConfig:
     zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    return EngineConfig(
-        zero_stage=stage, precision="fp32", lr=5e-3, timeout_s=60.0, deepspeed={"zero_optimization": zero}
-    )
+    plain = {"zero_stage": stage, "precision": "fp32", "lr": 5e-3, "timeout_s": 60.0}
+    return EngineConfig(**plain, deepspeed={"zero_optimization": zero}, **(rates or {}))
 
 
 def loader_state(step: int) -> LoaderState:
@@ -66,9 +65,9 @@ def whole(by_rank: list[dict]) -> dict:
     return arrays
 
 
-def train_and_save(folder: str, stage: int):
+def train_and_save(folder: str, stage: int, rates: dict | None = None):
     """Rank entry: some steps, a checkpoint, and three steps more to compare with."""
-    config = engine_config(stage)
+    config = engine_config(stage, rates)
     facts, engine, stepper = tiny.make_stepper(config, 1)
     tiny.train_steps(facts, engine, stepper, config, 1, range(FIRST_STEPS))
     saver = CheckpointSaver(Path(folder), CheckpointsConfig(), "a")
@@ -79,8 +78,8 @@ def train_and_save(folder: str, stage: int):
     return state, later
 
 
-def load_and_train(folder: str, stage: int):
-    config = engine_config(stage)
+def load_and_train(folder: str, stage: int, rates: dict | None = None):
+    config = engine_config(stage, rates)
     facts, engine, stepper = tiny.make_stepper(config, 1)
     loaded = load_into(engine, find_latest(Path(folder)))
     assert loaded.step == FIRST_STEPS
@@ -99,19 +98,36 @@ def load_and_train(folder: str, stage: int):
 )
 def test_any_split_loads_what_any_other_wrote(tmp_path, writer, readers):
     """(world size, stage): weights, moments, step and hyperparameters equal bit for bit; training goes on alike."""
+    round_trip(tmp_path, writer, readers, {}, {"param", "exp_avg", "exp_avg_sq"})
+
+
+@pytest.mark.parametrize(
+    ("rates", "kinds", "step"),
+    [
+        ({"optimizer": "sgd"}, {"param", "momentum_buffer"}, 1),
+        ({"optimizer": "rmsprop"}, {"param", "square_avg", "momentum_buffer"}, FIRST_STEPS),
+        ({"rooms": {"vision": {"lr_ratio": 0.1, "layer_decay": 0.5}}}, {"param", "exp_avg", "exp_avg_sq"}, FIRST_STEPS),
+    ],
+    ids=["sgd", "rmsprop", "rates per room"],
+)
+def test_every_optimizer_and_rate_goes_on_from_a_checkpoint(tmp_path, rates, kinds, step):
+    round_trip(tmp_path, (2, 2), [(1, 3)], rates, kinds, step)
+
+
+def round_trip(folder, writer, readers, rates, kinds, step=FIRST_STEPS):
     world_size, stage = writer
-    results = run_ranks(world_size, train_and_save, str(tmp_path), stage)
+    results = run_ranks(world_size, train_and_save, str(folder), stage, rates)
     written = whole([state for state, _ in results])
-    assert {kind for _, kind in written} == {"param", "exp_avg", "exp_avg_sq"}
+    assert {kind for _, kind in written} == kinds
     later = results[0][1]
     for world_size, stage in readers:
-        loaded = run_ranks(world_size, load_and_train, str(tmp_path), stage)
+        loaded = run_ranks(world_size, load_and_train, str(folder), stage, rates)
         read = whole([state for state, _ in loaded])
         assert read.keys() == written.keys()
         for key, array in written.items():
             assert np.array_equal(read[key], array), (key, world_size, stage)
         for state, history in loaded:
-            assert state["step"] == FIRST_STEPS
+            assert state["step"] == step
             assert state["groups"] == results[0][0]["groups"]
             for ours, theirs in zip(history, later, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5)

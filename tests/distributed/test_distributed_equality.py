@@ -48,6 +48,30 @@ def test_every_split_gives_the_same_losses_and_norms(reference, world_size):
     assert {split: value for split, value in differences.items() if not value <= LIMIT} == {}
 
 
+RATES = [
+    {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05},
+    {"optimizer": "rmsprop", "momentum": 0.5, "lr": 1e-3},
+    {"optimizer": "adam"},
+    {
+        "rooms": {
+            "vision": {"lr_ratio": 0.1, "layer_decay": 0.5},
+            "heads": {"weight_decay": 0.0, "schedule": "constant"},
+        }
+    },
+]
+
+
+def test_optimizers_and_rates_per_room_are_the_same_on_any_split():
+    def cases(stages):
+        return [({**options(stage), **rates}, 2) for rates in RATES for stage in stages]
+
+    single = run_ranks(1, train_cases, cases([0]), 6)[0]
+    by_rank = run_ranks(2, train_cases, cases([1, 3]), 6, timeout_s=280)
+    assert len({str(history) for history in single}) == len(RATES), "two of the choices did the same"
+    for number, history in enumerate(by_rank[0]):
+        assert largest_difference(history, single[number // 2]) <= LIMIT, RATES[number // 2]
+
+
 def test_the_steps_learn_something(reference):
     first, last = reference[0], reference[-1]
     assert last["next_token"] < 0.95 * first["next_token"]

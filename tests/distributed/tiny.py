@@ -18,7 +18,7 @@ from trichord.batches.rows import DecodedClip, RowArrays, RowFormat, build_row
 from trichord.batches.windows import PlannedSample
 from trichord.encoders.config import EncodersConfig
 from trichord.encoders.lengths import audio_tokens, image_grid
-from trichord.engine.build import build_engine, set_lr, start_process_group
+from trichord.engine.build import build_engine, set_rates, start_process_group
 from trichord.engine.config import EngineConfig
 from trichord.engine.features import SlotLayout
 from trichord.engine.step import Stepper
@@ -125,7 +125,7 @@ def train_steps(facts, engine, stepper: Stepper, engine_config: EngineConfig, mi
     """Global losses and gradient norms of the steps."""
     history = []
     for step in steps:
-        set_lr(engine, engine_config.lr)
+        set_rates(engine, engine_config, 0, 1)
         batches = micro_batches(step, facts.rank, facts.world_size, micro_rows)
         result = stepper.run(batches, {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0})
         names = sorted(result.losses)

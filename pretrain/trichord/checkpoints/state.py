@@ -46,11 +46,12 @@ def slices_to_fill(engine: Any) -> list[OwnedSlice]:
 
 
 def optimizer_step(engine: Any) -> int:
-    """Updates applied so far by the optimizer (Adam's `step`); 0 before the first."""
+    """Updates applied so far by the optimizer (Adam's `step`); 0 before the first, 1 for ever after for SGD, which does
+    not count them."""
     for holder in _state_holders(engine):
         state = _torch_optimizer(engine).state.get(holder)
         if state:
-            return int(state["step"])
+            return int(state.get("step", 1))
     return 0
 
 
@@ -61,7 +62,8 @@ def create_optimizer_state(engine: Any, kinds: list[str], step: int) -> None:
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         device = holder.device if on_device else torch.device("cpu")
         state: dict[str, Tensor] = {kind: torch.zeros_like(holder.data) for kind in kinds}
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+        if not isinstance(optimizer, torch.optim.SGD):  # which counts no updates
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         optimizer.state[holder] = state
 
 

@@ -14,7 +14,8 @@ from trichord.batches.packed_batch import PackedBatch
 from trichord.core.dist import RankFacts, rank_facts
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
-from trichord.engine.param_groups import build_param_groups
+from trichord.engine.optimizers import build_optimizer
+from trichord.engine.param_groups import build_param_groups, rate_of
 
 
 def pick_device(facts: RankFacts) -> torch.device:
@@ -79,21 +80,14 @@ class EngineModule(nn.Module):
 
 
 def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, grad_accum_steps: int) -> Any:
-    """Wrap `model` into a DeepSpeed engine with torch's AdamW; all ranks must hold equal weights.
+    """Wrap `model` into a DeepSpeed engine with the optimizer of the config; all ranks must hold equal weights.
 
     Returns:
         deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`.
     """
     deepspeed = _import_deepspeed()
     device = pick_device(rank_facts())
-    groups = build_param_groups(model, engine)
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=engine.lr,
-        betas=engine.betas,
-        eps=engine.eps,
-        fused=True if device.type == "cuda" and engine.offload == "none" else None,
-    )
+    optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
     config = deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps)
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
     built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
@@ -109,7 +103,9 @@ def apply_timeout(timeout_s: float) -> None:
         set_timeout(timedelta(seconds=timeout_s), group)
 
 
-def set_lr(engine: Any, lr: float) -> None:
-    """Set the learning rate of all groups for the coming step."""
+def set_rates(engine: Any, config: EngineConfig, step: int, total_steps: int) -> float:
+    """Set the learning rate of every group for optimizer step `step` (0-based); returns that of `engine.lr` itself."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rate_of(group, config, step, total_steps)
+    plain = {"lr_ratio": 1.0, "schedule": config.schedule, "start_step": 0}
+    return rate_of(plain, config, step, total_steps)

@@ -7,6 +7,23 @@ from pydantic import Field, model_validator
 from trichord.core.leaf import Leaf
 from trichord.core.schedule import ScheduleName
 
+RoomName = Literal["vision", "audio", "text", "connector", "trunk", "heads"]
+
+
+class RoomRates(Leaf):
+    """How fast one room of the model learns, beside the others."""
+
+    lr_ratio: float = Field(default=1.0, ge=0)
+    """Times `engine.lr`."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Times this once per layer from the last one down; embeddings lie below the first (BEiT, Bao et al. 2022)."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """null: `engine.weight_decay`."""
+    schedule: ScheduleName | None = None
+    """null: `engine.schedule`."""
+    start_step: int = Field(default=0, ge=0)
+    """Until this step the room stands still; then it warms up over `engine.warmup_steps`."""
+
 
 class EngineConfig(Leaf):
     """One optimizer step, run by DeepSpeed."""
@@ -14,12 +31,22 @@ class EngineConfig(Leaf):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16", "autocast_bf16"] = "bf16"
     """bf16 and fp16 keep fp32 master weights. autocast_bf16: fp32 parameters, bf16 matrix products."""
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    """torch's own. adamw decays weights by themselves; the others add the decay to the gradient."""
     lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    """adamw, adam: of the first and second moment. rmsprop: the second is the decay of its average."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """sgd and rmsprop."""
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only; vectors (norms, biases, scales) are not decayed."""
+    rooms: dict[RoomName, RoomRates] = {}
+    """Rooms that learn at rates of their own."""
     schedule: ScheduleName = "cosine"
+    """wsd: constant after the warm-up, then a fall over the last `decay_steps`. constant: for endless streams."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """wsd: length of the fall; null: a fifth of the run."""
     warmup_steps: int = Field(default=0, ge=0)
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -1,30 +1,111 @@
-"""Optimizer parameter groups: matrices are decayed, vectors are not, frozen parameters are in none."""
+"""Optimizer parameter groups: what is decayed, and how fast each room and layer learns."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from trichord.engine.config import EngineConfig
+from trichord.core.errors import ConfigError
+from trichord.core.schedule import lr_multiplier
+from trichord.engine.config import EngineConfig, RoomRates
+from trichord.fusion.model import param_room
+
+# How timm and transformers number the layers of a tower: `blocks.3.`, `encoder.layers.3.`, `layer.3.`, `stages.3.`
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|stages)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed|cls_token|pos_|(?:^|\.)(?:stem|conv1|conv2)\.")
 
 
-def build_param_groups(model: nn.Module, engine: EngineConfig) -> list[dict[str, Any]]:
-    """Groups for `torch.optim`: `decay` (2 and more axes) and `no_decay` (norm weights, biases, learned scalars).
+def build_param_groups(
+    model: nn.Module, engine: EngineConfig, room_of: Callable[[str], str] = param_room
+) -> list[dict[str, Any]]:
+    """Groups for `torch.optim`, one per distinct rate; matrices (2 and more axes) are decayed, vectors are not.
 
-    Must be called before the engine partitions the parameters: ZeRO-3 leaves them with empty shapes.
+    Each has, beside torch's keys, `name`, `lr_ratio`, `schedule` and `start_step`, which `rate_of` reads. Must be
+    called before the engine partitions the parameters: ZeRO-3 leaves them with empty shapes.
 
     Raises:
+        ConfigError: a room that is to learn at its own rate is not in the model, or is frozen.
         ValueError: the model has no trainable parameter.
     """
-    decay, no_decay = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decay if parameter.dim() >= 2 else no_decay).append(parameter)
-    if not decay and not no_decay:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
         raise ValueError("the model has no trainable parameter: every room is frozen")
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": engine.weight_decay, "lr": engine.lr},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0, "lr": engine.lr},
-    ]
-    return [group for group in groups if group["params"]]
+    _check_rooms(engine, {room_of(name) for name in trainable} if engine.rooms else set())
+    depths = _depths(trainable, room_of) if engine.rooms else {}
+    of_room: dict[str, RoomRates] = {**engine.rooms}
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        room = room_of(name) if of_room else ""
+        rates = of_room.get(room, RoomRates())
+        ratio = rates.lr_ratio * rates.layer_decay ** (depths[room] - _layer(name, depths[room]) if of_room else 0)
+        decay = engine.weight_decay if rates.weight_decay is None else rates.weight_decay
+        decay = decay if parameter.dim() >= 2 else 0.0
+        schedule = rates.schedule or engine.schedule
+        key = (parameter.dim() >= 2, ratio, decay, schedule, rates.start_step)
+        group = groups.setdefault(key, _new_group(engine, *key))
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1], *key[2:]))]
+
+
+def rate_of(group: dict[str, Any], engine: EngineConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a group at optimizer step `step` (0-based); 0 before its room starts."""
+    start = group["start_step"]
+    if step < start:
+        return 0.0
+    multiplier = lr_multiplier(
+        group["schedule"],
+        step,
+        warmup_steps=engine.warmup_steps,
+        total_steps=total_steps,
+        min_ratio=engine.min_lr_ratio,
+        decay_steps=engine.decay_steps,
+    )
+    late = min(1.0, (step - start + 1) / engine.warmup_steps) if start and engine.warmup_steps else 1.0
+    return engine.lr * group["lr_ratio"] * multiplier * late
+
+
+def _new_group(
+    engine: EngineConfig, is_matrix: bool, ratio: float, decay: float, schedule: str, start: int
+) -> dict[str, Any]:
+    name = "decay" if is_matrix else "no_decay"
+    if ratio != 1.0 or schedule != engine.schedule or start:
+        name += f" x{ratio:g} {schedule}" + (f" from {start}" if start else "")
+    return {
+        "name": name,
+        "params": [],
+        "lr": engine.lr * ratio,
+        "weight_decay": decay,
+        "lr_ratio": ratio,
+        "schedule": schedule,
+        "start_step": start,
+    }
+
+
+def _check_rooms(engine: EngineConfig, there: set[str]) -> None:
+    missing = [room for room in engine.rooms if room not in there]
+    if missing:
+        raise ConfigError(
+            f"engine.rooms.{missing[0]}: the model has no trainable parameter in that room; its rooms that learn are "
+            f"{', '.join(sorted(there))}; take the key out, or unfreeze the room"
+        )
+
+
+def _depths(names: dict[str, Any], room_of: Callable[[str], str]) -> dict[str, int]:
+    """Of each room the number of its last place: layers are 1 to L, embeddings 0, what comes behind them L + 1."""
+    depths: dict[str, int] = {}
+    for name in names:
+        found = _LAYER.search(name)
+        room = room_of(name)
+        depths[room] = max(depths.get(room, 0), int(found[1]) + 2 if found else 0)
+    return depths
+
+
+def _layer(name: str, depth: int) -> int:
+    """The place of a parameter in its room, 0 to depth."""
+    found = _LAYER.search(name)
+    if found:
+        return int(found[1]) + 1
+    return 0 if _EMBEDDING.search(name) else depth
