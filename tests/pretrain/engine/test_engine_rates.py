@@ -29,9 +29,13 @@ def room_of(name):
     return name.split(".")[0]
 
 
+def config_of(**engine):
+    return EngineConfig.model_validate({"lr": 1.0, **engine})
+
+
 def groups_of(**engine):
     model = Model()
-    groups = build_param_groups(model, EngineConfig(lr=1.0, **engine), room_of)
+    groups = build_param_groups(model, config_of(**engine), room_of)
     names = {id(p): name for name, p in model.named_parameters()}
     return groups, {names[id(p)]: group for group in groups for p in group["params"]}
 
@@ -62,7 +66,7 @@ def test_rates_of_a_room_and_of_its_layers():
 
 
 def test_a_room_that_starts_late_stands_still_and_then_warms_up():
-    config = EngineConfig(lr=1.0, schedule="constant", warmup_steps=4, rooms={"vision": {"start_step": 10}})
+    config = config_of(schedule="constant", warmup_steps=4, rooms={"vision": {"start_step": 10}})
     _, of = groups_of(schedule="constant", warmup_steps=4, rooms={"vision": {"start_step": 10}})
     late = [rate_of(of["vision.blocks.0.weight"], config, step, 100) for step in (0, 9, 10, 11, 13, 14)]
     assert late == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
@@ -70,7 +74,7 @@ def test_a_room_that_starts_late_stands_still_and_then_warms_up():
 
 
 def test_a_room_with_a_schedule_of_its_own():
-    config = EngineConfig(lr=1.0, schedule="linear", rooms={"trunk": {"schedule": "constant"}})
+    config = config_of(schedule="linear", rooms={"trunk": {"schedule": "constant"}})
     _, of = groups_of(schedule="linear", rooms={"trunk": {"schedule": "constant"}})
     assert rate_of(of["trunk.weight"], config, 50, 100) == 1.0
     assert rate_of(of["vision.norm.bias"], config, 50, 100) == 0.5
@@ -82,7 +86,7 @@ def test_a_room_that_is_not_there_or_frozen_is_named():
     model = Model()
     model.vision.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"engine\.rooms\.vision"):
-        build_param_groups(model, EngineConfig(rooms={"vision": {}}), room_of)
+        build_param_groups(model, config_of(rooms={"vision": {}}), room_of)
 
 
 def test_a_frozen_model_has_nothing_to_learn():
