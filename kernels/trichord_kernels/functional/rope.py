@@ -8,8 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from trichord_kernels import reference
-from trichord_kernels.dispatch import choose_backend
-from trichord_kernels.errors import KernelError
+from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+
+if HAS_TRITON:
+    from trichord_kernels.ops import rope as op
 
 
 def rope(
@@ -38,9 +40,8 @@ def rope(
     transformers does. Differentiable in q, k and the weights. Raises ValueError for operands that do not fit,
     KernelError for a GPU case that the kernel does not cover.
     """
-    if choose_backend(q.device) != "reference":
-        raise KernelError("rope: there is no Triton kernel yet; set TRICHORD_KERNELS=reference")
-    return reference.rope(
+    chosen = reference.rope if choose_backend(q.device) == "reference" else op.rope
+    return chosen(
         q,
         k,
         position_ids,

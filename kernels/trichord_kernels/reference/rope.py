@@ -93,7 +93,8 @@ def check_operands(
     k_weight: Tensor | None,
 ) -> None:
     """Raise ValueError unless the operands fit together (both paths refuse the same mistakes)."""
-    if q.dim() != 3 or k.dim() != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]) or q.dtype != k.dtype:
+    fits = q.dim() == 3 and k.dim() == 3 and q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2]
+    if not fits or q.dtype != k.dtype:
         raise ValueError(
             f"rope: expected q (T, N, H) and k (T, K, H) of one dtype, got {tuple(q.shape)} {q.dtype} and "
             f"{tuple(k.shape)} {k.dtype}; flatten batch and time to one axis and cast"
@@ -123,8 +124,8 @@ def _check_positions(
             f"with sum {sum(sections)}"
         )
     axes = 1 if sections is None else len(sections)
-    shapes = {(num_tokens,), (1, num_tokens), (axes, num_tokens)}
-    if tuple(position_ids.shape) not in shapes or position_ids.is_complex():
+    fits = position_ids.dim() == 1 or (position_ids.dim() == 2 and position_ids.shape[0] in (1, axes))
+    if not fits or position_ids.shape[-1] != num_tokens or position_ids.is_complex():
         raise ValueError(
             f"rope: expected position_ids real, of shape ({num_tokens},) or ({axes}, {num_tokens}) (sections "
             f"{None if sections is None else tuple(sections)}), got {tuple(position_ids.shape)} {position_ids.dtype}; "
