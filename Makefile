@@ -2,7 +2,7 @@
 #   make quickstart   real data -> shards -> train -> kill -> resume -> evaluate -> export -> report
 #   make test         every test this machine can run
 #   make check        format, lint, types, architecture and quick tests
-#   make gpu          the tests that need a GPU
+#   make gpu          on a GPU: its tests, the sweep of tile sizes, the benches; figures go to docs/log.md
 # VENV=path uses the libraries of another environment: nothing is installed into it, and the code run is this checkout's.
 # ARGS=... is handed to the command: make quickstart ARGS=--prove, make test ARGS="-k loader".
 
@@ -48,6 +48,8 @@ ifeq ($(HAS_GPU),)
 	@echo "make gpu: this machine has no GPU (no /dev/nvidiactl, no /dev/kfd)" >&2; exit 3
 else
 	$(RUN) pytest -m gpu $(ARGS)
+	$(RUN) trichord_kernels.tables.sweep --log docs/log.md
+	$(RUN) trichord.cli bench kernels --device cuda --log docs/log.md
 endif
 
 install: $(INSTALLED)

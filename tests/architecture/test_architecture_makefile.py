@@ -69,6 +69,16 @@ def test_gpu_tests_without_a_gpu_say_so(checkout):
     assert "Error 3" in done.stderr
 
 
+def test_on_a_gpu_tests_come_first_then_the_sweep_then_the_benches(checkout):
+    fake_program(checkout / "other" / "bin" / "python", "exit 0")
+    shown = make(checkout, "-n", "gpu", "VENV=other", "HAS_GPU=/dev/nvidiactl", "ARGS=-x").stdout
+    assert [line.split("python -m ")[1] for line in shown.splitlines() if "python -m" in line] == [
+        "pytest -m gpu -x",
+        "trichord_kernels.tables.sweep --log docs/log.md",
+        "trichord.cli bench kernels --device cuda --log docs/log.md",
+    ]
+
+
 def test_ci_runs_make_test_and_nothing_else():
     """The browser that some tests use is fetched where that takes seconds, and missed by none where it cannot be."""
     lines = [x for x in (REPO / ".ci" / "run").read_text().splitlines() if x and not x.startswith("#")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -154,11 +155,10 @@ def _varlen(mask: Mask, device: torch.device) -> Attend:
 
 
 def _flash(mask: Mask, device: torch.device) -> Attend:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
+    attend = import_module("flash_attn").flash_attn_varlen_func
     _refuse_spans(mask)
     cu_seqlens, left = mask.cu_seqlens(device), -1 if mask.window is None else mask.window - 1
-    return lambda q, k, v: flash_attn_varlen_func(
+    return lambda q, k, v: attend(
         q, k, v, cu_seqlens, cu_seqlens, mask.length, mask.length, causal=True, window_size=(left, 0)
     )
 

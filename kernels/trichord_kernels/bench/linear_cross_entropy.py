@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ def _contestants(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Ca
             weight,
         )
     try:
-        from liger_kernel.ops import fused_linear_cross_entropy as liger  # pyright: ignore[reportMissingImports]
+        liger = import_module("liger_kernel.ops.fused_linear_cross_entropy")
     except ImportError:
         return found
     found["Liger"] = lambda: _backward(

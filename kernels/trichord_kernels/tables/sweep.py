@@ -1,6 +1,6 @@
 """Time the candidate tiles of an op on the GPU at hand and write the fastest into its table.
 
-    python -m trichord_kernels.tables.sweep --op attention [--dry-run]
+    python -m trichord_kernels.tables.sweep --op attention [--dry-run] [--log docs/log.md]
 
 Exit code 3 where there is no GPU. The table's file is rewritten in place, each entry with its source; commit it after
 `trichord bench kernels --static` and `pytest -m gpu tests/kernels` hold. Not yet run on a GPU.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import trichord_kernels.tables as tables_package
+from trichord_kernels.bench.log import append_section
 from trichord_kernels.tables.collect import Table, all_tables
 from trichord_kernels.tables.rewrite import rewrite_table
 from trichord_kernels.tables.sweep_targets import TARGETS, Run, SweepTarget
@@ -102,25 +103,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trichord_kernels.tables.sweep", description=__doc__)
     parser.add_argument("--op", action="append", choices=sorted(TARGETS), help="repeatable; default: all")
     parser.add_argument("--dry-run", action="store_true", help="time and print, leave the tables as they are")
+    parser.add_argument("--log", type=Path, help="add what was chosen to this Markdown file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("sweep: torch sees no GPU here; run it where nvidia-smi or rocm-smi lists one", file=sys.stderr)
         return EXIT_NO_GPU
-    for op in options.op or sorted(TARGETS):
-        _sweep_op(op, torch.device("cuda", torch.cuda.current_device()), options.dry_run)
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = [row for op in options.op or sorted(TARGETS) for row in _sweep_op(op, device, options.dry_run)]
+    if options.log:
+        title = f"Tiles swept on {torch.cuda.get_device_name(device)}"
+        text = f"`python -m trichord_kernels.tables.sweep`, torch {torch.__version__}. Medians."
+        append_section(options.log, title, text, rows)
     return 0
 
 
-def _sweep_op(op: str, device: torch.device, dry_run: bool) -> None:
+def _sweep_op(op: str, device: torch.device, dry_run: bool) -> list[dict]:
+    """Sweep every entry of an op, write its table unless `dry_run`; a row per entry for the log."""
     arch, source = arch_of(device), f"swept on {torch.cuda.get_device_name(device)}, {date.today().isoformat()}"
     file = Path(tables_package.__path__[0]) / f"{op}.py"
+    rows = []
     for target in TARGETS[op]():
-        timings = sweep_target(target, all_tables()[f"{op}.{target.table}"], arch, device, _gpu_time_ms)
-        print(f"{op}.{target.table} {(arch, *target.key)}")
-        for timing in timings:
-            print(f"  {_describe(timing)}")
+        name, key = f"{op}.{target.table}", (arch, *target.key)
+        timings = sweep_target(target, all_tables()[name], arch, device, _gpu_time_ms)
+        print("\n  ".join([f"{name} {key}", *map(_describe, timings)]))
         if not dry_run:
             file.write_text(swept_text(file.read_text(), target.table, arch, target.key, timings, source))
+        ran = sum(timing.time_ms is not None for timing in timings)
+        rows.append(
+            {"table": name, "entry": str(key), "fastest": _describe(timings[0]), "ran": ran, "of": len(timings)}
+        )
+    return rows
 
 
 def _describe(timing: Timing) -> str:

@@ -31,13 +31,20 @@ def bench_kernels(
         int | None, typer.Option(min=1, help="With --static: compilations at a time; default: one per processor.")
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to time them.")] = Device.cpu,
+    log_file: Annotated[
+        Path | None, typer.Option("--log", help="Add the timings to this Markdown file, with the device's name.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> int:
     """Time every kernel against plain torch, or let the compiler judge it: exit code 1 if it fails a bar."""
     if (archs or jobs) and not static:
         raise ConfigError("--arch and --jobs are for --static; timings are of the device that is there, see --device")
+    if log_file and static:
+        raise ConfigError("--log is for timings; keep what --static finds with --json")
     rows = _static_rows(archs, ops, jobs) if static else _timed_rows(device, ops)
     write_json(json_file, rows)
+    if log_file:
+        _log_timings(log_file, device, rows)
     return EXIT_UNEXPECTED if any(row.get("failures") for row in rows) else EXIT_DONE
 
 
@@ -114,6 +121,20 @@ def _timed_rows(device: Device, ops: list[str] | None) -> list[dict]:
         raise ConfigError(str(error)) from error
     print_rows(rows)
     return rows
+
+
+def _log_timings(file: Path, device: Device, rows: list[dict]) -> None:
+    import torch
+
+    from trichord_kernels.bench.log import append_section
+
+    name = torch.cuda.get_device_name() if device is Device.cuda else "CPU"
+    text = f"`trichord bench kernels --device {device.value}`, torch {torch.__version__}. Medians."
+    shown = [{key: value for key, value in row.items() if key not in ("device", "backend")} for row in rows]
+    try:
+        append_section(file, f"Kernels on {name}", text, shown)
+    except OSError as error:
+        raise ConfigError(f"--log {file}: cannot be written: {error.strerror}") from error
 
 
 def _static_rows(archs: list[str] | None, ops: list[str] | None, jobs: int | None) -> list[dict]:

@@ -80,6 +80,8 @@ COMMAND_LINE = [
     Mistake("option out of range", "plan c.yaml --gpus 0", USAGE, "greater than or equal to 1"),
     Mistake("unknown architecture", "bench kernels --static --arch sm_9", USAGE, "sm_100, gfx942, got sm_9"),
     Mistake("architecture of no compilation", "bench kernels --arch sm_90", USAGE, "--jobs are for --static"),
+    Mistake("log of no timings", "bench kernels --static --log l.md", USAGE, "--log is for timings"),
+    Mistake("log that cannot be", "bench kernels --op merge_embeddings --log no/l.md", USAGE, "No such file"),
     Mistake("unknown op", "bench kernels --op atention", USAGE, "got atention"),
     Mistake("unknown op to judge", "bench kernels --static --op atention", USAGE, "got atention"),
     Mistake("device of no choice", "bench kernels --device tpu", USAGE, "'tpu' is not one of 'cpu', 'cuda'"),

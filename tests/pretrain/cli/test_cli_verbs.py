@@ -157,6 +157,15 @@ def test_bench_kernels_prints_rows(imported, world):
     assert json.loads((world / "rows.json").read_text())
 
 
+def test_bench_kernels_adds_its_figures_to_a_log(world):
+    (world / "log.md").write_text("# Log\n\n## Before\n")
+    run(world, "bench", "kernels", "--op", "merge_embeddings", "--log", "log.md")
+    lines = (world / "log.md").read_text().splitlines()
+    assert lines[:3] == ["# Log", "", "## Before"]
+    assert lines[4].endswith("Kernels on CPU")
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| merge_embeddings_fwd ")]
+
+
 def test_bench_static_judges_the_named_architectures_and_fails_with_a_failed_bar(world, monkeypatch, capsys):
     from trichord_kernels.static import judge
     from trichord_kernels.static.cases import static_cases
