@@ -16,6 +16,7 @@ from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, rate_of
+from trichord_kernels.tables.agree import agree_on_tables
 
 
 def pick_device(facts: RankFacts) -> torch.device:
@@ -43,6 +44,8 @@ def start_process_group(timeout_s: float) -> tuple[RankFacts, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **_rendezvous())
     _import_deepspeed().init_distributed(dist.get_backend(), verbose=False)
+    if device.type == "cuda":
+        agree_on_tables()  # one set of kernel tile sizes, or ranks would round differently
     return facts, device
 
 
