@@ -86,11 +86,10 @@ def test_equals_qwens_of_three_axes_bit_for_bit(config_class, rotary_class, layo
     assert _equal(ours, _public(q, k, *rotary(q, positions[:, None])))
 
 
-def test_deals_axes_as_the_trunk_does() -> None:
-    from trichord.layers.rope import assign_axes as trunk_axes
-
-    for sections in [(24, 20, 20), (16, 24, 24), (22, 21, 21), (1, 0, 5), (8, 0, 0)]:
-        assert assign_axes(sections, "interleaved") == trunk_axes(sections)
+def test_axes_are_dealt_in_turn_or_in_blocks() -> None:
+    assert assign_axes((3, 3, 2), "interleaved") == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert assign_axes((4, 1, 1), "interleaved") == [0, 1, 2, 0, 0, 0]
+    assert assign_axes((2, 0, 0), "interleaved") == [0, 0]
     assert assign_axes((2, 1, 3), "interleaved") == [0, 1, 2, 0, 2, 2]
     assert assign_axes((2, 1, 3), "sectioned") == [0, 0, 1, 2, 2, 2]
 

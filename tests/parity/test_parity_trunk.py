@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from trichord.fusion.config import TrunkConfig
 from trichord.fusion.trunk import build_trunk, replace_parts, trunk_config
-from trichord.layers.attention import PackedLayout
+from trichord.layers.layout import PackedLayout
 
 SPECIAL = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
 LENGTHS = (9, 1, 6)

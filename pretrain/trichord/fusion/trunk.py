@@ -15,10 +15,11 @@ from torch import Tensor
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.errors import ConfigError
 from trichord.fusion.config import TrunkConfig
-from trichord.layers.attention import NAME, PackedLayout, register_attention
+from trichord.layers.attention import NAME, register_attention
+from trichord.layers.layout import PackedLayout
 from trichord.layers.loss import replace_lm_head
-from trichord.layers.norm import replace_rms_norms
-from trichord.layers.rope import replace_rotary
+from trichord.layers.rope import resolve_sections
+from trichord.layers.swap import swap_decoder
 
 # LlamaForCausalLM or Qwen3ForCausalLM, with parts replaced by ours: neither class would be the true type.
 CausalLM: TypeAlias = Any
@@ -132,15 +133,15 @@ def _load_released(config: TrunkConfig, vocab_size: int) -> CausalLM:
 
 
 def replace_parts(trunk: CausalLM, sections: tuple[int, int, int] | None) -> CausalLM:
-    """Our attention, norms, rotary module and loss head in a transformers causal LM; Parameters stay the same objects.
+    """Our attention, rotary embedding, norms and loss head in a transformers causal LM; Parameters stay the same
+    objects.
 
     Raises:
         ConfigError: the rotary type or the sections do not fit.
     """
     register_attention()
     trunk.set_attn_implementation(NAME)
-    replace_rms_norms(trunk)
-    replace_rotary(trunk.model, sections)
+    swap_decoder(trunk.model, resolve_sections(sections, trunk.config.head_dim))
     replace_lm_head(trunk)
     return trunk
 
@@ -151,7 +152,8 @@ def run_packed(trunk: CausalLM, embeds: Tensor, batch: PackedBatch, bidirectiona
     The layout travels to the attention function as a keyword argument. The 4-D stand-in for a mask tells transformers
     that masks are settled: it would otherwise look for packing in the positions, which waits for the device.
     """
-    layout = PackedLayout.build(batch.cu_seqlens, batch.segment_ids, batch.span_ends if bidirectional_images else None)
+    spans = batch.span_ends if bidirectional_images else None
+    layout = PackedLayout.build(batch.cu_seqlens, batch.segment_ids, spans)
     out = trunk.model(
         inputs_embeds=embeds[None],
         position_ids=batch.position_ids[:, None],

@@ -1,4 +1,4 @@
-"""Attention of the trunk: packed streams in training, padded batches and a key-value cache in generation.
+"""Attention of any transformers model through our kernels: packed streams, padded batches, key-value caches.
 
 Registered in transformers as `attn_implementation="trichord"`, for attention **and** for masks: with the first alone
 transformers builds no mask for left-padded batches, and `generate()` is silently wrong.
@@ -6,86 +6,44 @@ transformers builds no mask for left-padded batches, and `generate()` is silentl
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trichord.layers.layout import PackedLayout
+from trichord_kernels import attention
+
 NAME = "trichord"
-_SLACK_CHUNK = 128  # slack attends only within pieces of this many tokens: nobody reads the result
+_NOT_OFFERED = ("s_aux", "position_bias", "cache")  # sinks, additive biases, paged caches of continuous batching
 
 
-@dataclass(frozen=True)
-class Run:
-    """A contiguous piece of the stream that attends only to itself. `mask` (L, L) bool; None: plainly causal."""
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, **options: Any
+) -> Tensor:
+    """query (B, N, L, H), key and value (B, K, L, H) -> (B, L, N, H). N is a multiple of K (grouped queries).
 
-    length: int
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Who sees whom in a packed stream: query t sees key j of its own run with j < max(t + 1, span_ends[t]).
-
-    `runs` on the CPU, where reading sizes is free; `mask` (1, 1, T, T) bool on other devices, where reading them
-    would stall the queue. The dense mask costs T^2 bytes and no sparsity: it is the plain-torch path, not a kernel.
+    options: `softcap`, `dropout` of `trichord_kernels.attention`.
     """
-
-    runs: tuple[Run, ...] | None
-    mask: Tensor | None
-
-    @staticmethod
-    def build(cu_seqlens: Tensor, segment_ids: Tensor, span_ends: Tensor | None) -> PackedLayout:
-        """cu_seqlens (C+1,), segment_ids (T,), span_ends (T,) or None for causal throughout; integers, one device."""
-        if segment_ids.device.type == "cpu":
-            return PackedLayout(tuple(_build_runs(cu_seqlens, segment_ids, span_ends)), None)
-        return PackedLayout(None, _dense_mask(cu_seqlens, segment_ids.shape[0], span_ends))
+    batch, _, length, _ = query.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    return attend(q, k, v, layout, scaling, **options).unflatten(0, (batch, length))
 
 
-def _build_runs(cu_seqlens: Tensor, segment_ids: Tensor, span_ends: Tensor | None) -> list[Run]:
-    bounds = cu_seqlens.tolist()
-    is_slack = (segment_ids < 0).tolist()
-    after_self = torch.arange(1, segment_ids.shape[0] + 1)
-    visible_until = after_self if span_ends is None else torch.maximum(span_ends, after_self)
-    looks_ahead = visible_until > after_self
-    runs: list[Run] = []
-    for start, end in itertools.pairwise(bounds):
-        if start == end:
-            continue
-        if is_slack[start]:
-            runs += [Run(min(_SLACK_CHUNK, end - at), None) for at in range(start, end, _SLACK_CHUNK)]
-        elif not bool(looks_ahead[start:end].any()):
-            runs.append(Run(end - start, None))
-        else:
-            runs.append(Run(end - start, torch.arange(start, end) < visible_until[start:end, None]))
-    return runs
-
-
-def _dense_mask(cu_seqlens: Tensor, num_tokens: int, span_ends: Tensor | None) -> Tensor:
-    position = torch.arange(num_tokens, device=cu_seqlens.device)
-    run = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
-    visible_until = position + 1 if span_ends is None else torch.maximum(span_ends.long(), position + 1)
-    return ((run[:, None] == run[None, :]) & (position[None, :] < visible_until[:, None]))[None, None]
-
-
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None) -> Tensor:
-    """query (1, N, T, H), key and value (1, K, T, H) -> (1, N, T, H). N is a multiple of K (grouped queries)."""
-    grouped = query.shape[1] != key.shape[1]
-    if layout.mask is not None:
-        return _sdpa(query, key, value, layout.mask, scaling, grouped)
-    assert layout.runs is not None
-    # split, not slices: the gradient of a split is one concatenation, that of each slice a tensor of the full size
-    lengths = [run.length for run in layout.runs]
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2))
-    out = [_sdpa(q, k, v, run.mask, scaling, grouped) for run, (q, k, v) in zip(layout.runs, pieces)]
-    return torch.cat(out, dim=2)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, grouped: bool) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scaling: float | None, **options: Any) -> Tensor:
+    """q (T, N, H), k and v (T, K, H) of the layout's tokens -> (T, N, H)."""
+    return attention(
+        q,
+        k,
+        v,
+        layout.cu_seqlens,
+        causal=layout.causal,
+        span_ends=layout.span_ends,
+        window=layout.window,
+        scale=scaling,
+        seqused_k=layout.seqused_k,
+        **options,
     )
 
 
@@ -94,35 +52,108 @@ def trichord_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: PackedLayout | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_layout: PackedLayout | None = None,
-    **kwargs,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls. query (B, N, L, H) -> (B, L, N, H).
 
-    With `packed_layout` (a keyword argument of the model's forward, batch size 1) the packed rule holds and
-    `attention_mask` is ignored; without it this is transformers' SDPA path: padding masks and caches.
-    """
-    if packed_layout is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    Our kernels run where a `PackedLayout` says who sees whom: `packed_layout`, a keyword argument of the model's
+    forward (batch size 1); the mask function's answer (`masks.py`), which covers padding on either side and packed
+    rows; `cu_seq_lens_q`, which transformers' flattening collator gives; or no mask at all. A dense mask comes with
+    key-value caches and kinds that no layout describes; it goes to torch's own attention, on a GPU too: a decoding
+    step has one query per row, and tiles of queries have nothing to gain there.
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    Raises:
+        ValueError: an argument that changes the result and is not offered here, or a mask that is not 4-D.
+    """
+    for name in _NOT_OFFERED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="{NAME}" does not offer {name}; use another implementation')
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    layout = _find_layout(query, key, attention_mask, causal, kwargs)
+    if layout is not None:
+        return packed_attention(query, key, value, layout, scaling, softcap=softcap, dropout=dropout), None
+    assert not isinstance(attention_mask, PackedLayout)
+    if attention_mask is not None and attention_mask.dim() != 4:
         raise ValueError(
-            f"a packed stream has batch size 1 and no cache, got batch {query.shape[0]}, "
-            f"{query.shape[2]} queries, {key.shape[2]} keys"
+            f'attn_implementation="{NAME}": expected a mask of 4 dimensions, got {tuple(attention_mask.shape)}; call '
+            "register_attention() before the model is built, and let the model make its masks"
         )
-    return packed_attention(query, key, value, packed_layout, scaling).transpose(1, 2).contiguous(), None
+    if softcap is not None:
+        return _capped_attention(query, key, value, attention_mask, causal, scaling, softcap, dropout), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
+    )
+
+
+def _find_layout(
+    query: Tensor, key: Tensor, mask: PackedLayout | Tensor | None, causal: bool, kwargs: dict[str, Any]
+) -> PackedLayout | None:
+    """The layout that describes this call, or None where a dense mask or a cache does."""
+    batch, _, length, _ = query.shape
+    packed, cu_seqlens = kwargs.get("packed_layout"), kwargs.get("cu_seq_lens_q")
+    if packed is not None and (batch != 1 or length != key.shape[2]):
+        raise ValueError(
+            f"a packed stream has batch size 1 and no cache, got batch {batch}, {length} queries, {key.shape[2]} keys"
+        )
+    if packed is not None:
+        return packed
+    if cu_seqlens is not None and length == key.shape[2] and (mask is None or _is_unpadded(mask)):
+        # A mask made with a cache in the arguments knows nothing of the sequences, but it does know the window. Without
+        # one, the argument says it; it counts the query itself as ours does, but on encoders it means something else.
+        window = mask.window if isinstance(mask, PackedLayout) else kwargs.get("sliding_window") if causal else None
+        return PackedLayout(cu_seqlens.to(torch.int32), None, None, causal, window)
+    if isinstance(mask, PackedLayout):
+        return mask
+    return (
+        PackedLayout.of_rows(batch, length, query.device, causal) if mask is None and length == key.shape[2] else None
+    )
+
+
+def _is_unpadded(mask: PackedLayout | Tensor) -> bool:
+    return isinstance(mask, PackedLayout) and mask.seqused_k is None
+
+
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """Softcap with a dense mask, which torch's attention does not offer: all scores at once, for decoding steps.
+
+    query (B, N, L, H), key and value (B, K, M, H), mask (B or 1, 1, L, M) bool -> (B, L, N, H)."""
+    if dropout:
+        raise ValueError(f'attn_implementation="{NAME}": expected dropout 0 with softcap, got {dropout}')
+    length, num_keys = query.shape[2], key.shape[2]
+    if mask is None and causal and length > 1:  # an empty static cache: its keys are the first ones
+        mask = torch.ones(length, num_keys, dtype=torch.bool, device=query.device).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (F.softmax(scores, dim=-1).to(value.dtype) @ value).transpose(1, 2).contiguous()
 
 
 def register_attention() -> None:
     """Make `attn_implementation="trichord"` known to transformers. Idempotent."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
+
+    from trichord.layers.masks import trichord_mask
 
     AttentionInterface.register(NAME, trichord_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, trichord_mask)

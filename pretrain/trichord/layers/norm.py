@@ -1,12 +1,14 @@
-"""RMSNorm through our kernel, in the place of the RMSNorm modules of a transformers trunk."""
+"""RMSNorm through our kernel, in the place of the RMSNorm modules of a transformers model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from trichord_kernels import rms_norm
+
+Norm = TypeVar("Norm", bound="RMSNorm")
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +23,7 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     @classmethod
-    def in_place_of(cls, module: Any) -> RMSNorm:
+    def in_place_of(cls: type[Norm], module: Any) -> Norm:
         """The same norm as a transformers RMSNorm, around the same Parameter."""
         return cls(module.weight, float(module.variance_epsilon))
 
@@ -31,6 +33,14 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class ResidualRMSNorm(RMSNorm):
+    """RMSNorm of a sum, which is formed in the same pass."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Both (..., D) -> the norm of their sum, and the sum."""
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
 
 
 def replace_rms_norms(model: nn.Module) -> int:

@@ -1,7 +1,8 @@
-"""Multi-axis rotary position embedding, in the place of the trunk's one-axis module."""
+"""Rotary position embedding of one or several axes through our kernel, with QK-norm in front."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from trichord.core.errors import ConfigError
 from trichord.layers.constants import HostConstant
+from trichord.layers.norm import RMSNorm
+from trichord_kernels import rope
 
 AXES = 3  # time, height, width
 _FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not change with the length seen
@@ -22,32 +25,47 @@ def resolve_sections(sections: tuple[int, int, int] | None, head_dim: int) -> tu
     return (half - 2 * (half // AXES), half // AXES, half // AXES)
 
 
-def assign_axes(sections: tuple[int, int, int]) -> list[int]:
-    """The axis of each rotary frequency, high to low: dealt in turn (t h w t h w ...) until an axis has its share.
+@dataclass(frozen=True)
+class Rotation:
+    """What turns queries and keys of one forward; takes the place of transformers' `position_embeddings`.
 
-    Dealing in turn gives every axis fast and slow frequencies (as in Qwen3-VL); contiguous blocks would leave the
-    width axis only slow ones, which cannot tell neighbouring columns apart.
-    """
-    left = list(sections)
-    axes = []
-    while any(left):
-        for axis in range(AXES):
-            if left[axis]:
-                left[axis] -= 1
-                axes.append(axis)
-    return axes
-
-
-class MultiAxisRotary(nn.Module):
-    """cos and sin of position * frequency, each frequency reading its own axis of the position.
-
-    Positions (B, L) turn all frequencies by the same axis; positions (3, B, L) by time, height and width. Where the
-    three axes are equal the result equals the one-axis one bit for bit.
+    No cosine is stored: the kernel computes them from positions (T,) or (3, T) of all B * L tokens, row by row.
     """
 
-    def __init__(self, inv_freq: Tensor, attention_scaling: float, sections: tuple[int, int, int]):
+    position_ids: Tensor
+    inv_freq: Tensor
+    sections: tuple[int, int, int] | None
+    attention_scaling: float
+
+    def turn(
+        self, q: Tensor, k: Tensor, q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6
+    ) -> tuple[Tensor, Tensor]:
+        """q (T, N, H) and k (T, K, H), normed over H first where weights are given."""
+        return rope(
+            q,
+            k,
+            self.position_ids,
+            self.inv_freq,
+            sections=self.sections,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            attention_scaling=self.attention_scaling,
+        )
+
+
+class Rotary(nn.Module):
+    """Hands the positions and frequencies of a forward on to the attention modules.
+
+    With `sections` each frequency reads its own axis of the position: the axes are dealt in turn (t h w t h w ...)
+    until each has its share, so that every axis has fast and slow frequencies (as in Qwen3-VL); contiguous blocks
+    would leave the width axis only slow ones, which cannot tell neighbouring columns apart. Where the three axes are
+    equal the result equals the one-axis one bit for bit.
+    """
+
+    def __init__(self, inv_freq: Tensor, attention_scaling: float, sections: tuple[int, int, int] | None):
         super().__init__()
-        if sum(sections) != inv_freq.numel():
+        if sections is not None and sum(sections) != inv_freq.numel():
             raise ConfigError(
                 f"rope_sections {sections} sum to {sum(sections)}, but the trunk has {inv_freq.numel()} rotary "
                 "frequencies (head_dim / 2); set fusion.trunk.rope_sections to match or to null"
@@ -55,41 +73,42 @@ class MultiAxisRotary(nn.Module):
         self.sections = sections
         self.attention_scaling = attention_scaling
         self._frequencies = HostConstant(inv_freq)
-        axes = torch.tensor(assign_axes(sections), device="cpu")
-        self._selectors = HostConstant(torch.nn.functional.one_hot(axes, AXES).T)  # (3, H/2) of 0 and 1
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """x gives dtype and device; position_ids (B, L) or (3, B, L), any number type -> cos, sin (B, L, H)."""
-        frequencies = self._frequencies.on(x.device)
-        positions = position_ids[..., None].float()
-        if position_ids.ndim == 3:
-            # One term of the sum is the position, the others exact zeros: a selection without an index copy.
-            selectors = self._selectors.on(x.device)
-            positions = sum(positions[axis] * selectors[axis] for axis in range(AXES))
-        with torch.autocast(x.device.type, enabled=False):
-            angles = positions * frequencies
-            angles = torch.cat((angles, angles), dim=-1)
-            cos = angles.cos() * self.attention_scaling
-            sin = angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
+        """x (B, L, D) gives batch and device; position_ids (B or 1, L), or with sections (3, B or 1, L), any number
+        type."""
+        rows = position_ids.expand(*position_ids.shape[:-2], x.shape[0], -1).flatten(-2)
+        return Rotation(rows, self._frequencies.on(x.device), self.sections, self.attention_scaling)
 
 
-def replace_rotary(decoder: Any, sections: tuple[int, int, int] | None) -> MultiAxisRotary:
-    """Put a `MultiAxisRotary` in the place of `decoder.rotary_emb`, keeping its frequencies.
+class QueryNorm(RMSNorm):
+    """The RMSNorm of query heads. Norm and rotation of queries and keys are one op, which takes the weights of two
+    modules: it is called inside the forward of both, one within the other, so that ZeRO-3 has gathered both."""
+
+    def forward(self, q: Tensor, k: Tensor, rotation: Rotation, key_norm: KeyNorm) -> tuple[Tensor, Tensor]:
+        """q (T, N, H), k (T, K, H) -> both normed and turned."""
+        return key_norm(q, k, rotation, self)
+
+
+class KeyNorm(RMSNorm):
+    """The RMSNorm of key heads, called by the `QueryNorm` beside it."""
+
+    def forward(self, q: Tensor, k: Tensor, rotation: Rotation, query_norm: QueryNorm) -> tuple[Tensor, Tensor]:
+        return rotation.turn(q, k, query_norm.weight, self.weight, self.variance_epsilon)
+
+
+def replace_rotary(decoder: Any, sections: tuple[int, int, int] | None) -> Rotary:
+    """Put a `Rotary` in the place of `decoder.rotary_emb`, keeping its frequencies; sections None: one axis.
 
     Raises:
-        ConfigError: the trunk's rotary type changes its frequencies with the sequence length.
+        ConfigError: the model's rotary type changes its frequencies with the sequence length.
     """
     old = decoder.rotary_emb
     if old.rope_type not in _FIXED_ROPE_TYPES:
-        raise ConfigError(
-            f"the trunk's rotary type {old.rope_type!r} is not supported; expected one of {_FIXED_ROPE_TYPES}"
-        )
+        raise ConfigError(f"the rotary type {old.rope_type!r} is not supported; expected one of {_FIXED_ROPE_TYPES}")
     inv_freq, scaling = _frequencies_on_host(old)
-    rotary = MultiAxisRotary(inv_freq, scaling, resolve_sections(sections, 2 * inv_freq.numel()))
-    decoder.rotary_emb = rotary
-    return rotary
+    decoder.rotary_emb = Rotary(inv_freq, scaling, sections)
+    return decoder.rotary_emb
 
 
 def _frequencies_on_host(rotary: Any) -> tuple[Tensor, float]:

@@ -212,22 +212,6 @@ def test_activation_checkpointing_changes_nothing():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_the_dense_mask_path_equals_the_run_path(model, monkeypatch):
-    """What a GPU without our kernel computes; here on the CPU."""
-    from trichord.fusion import trunk
-    from trichord.layers.attention import PackedLayout, _dense_mask
-
-    batch = tiny_batch(FULL)
-    expected = model.logits(batch)
-
-    def build(cu_seqlens, segment_ids, span_ends):
-        return PackedLayout(None, _dense_mask(cu_seqlens, segment_ids.shape[0], span_ends))
-
-    monkeypatch.setattr(trunk.PackedLayout, "build", staticmethod(build))
-    useful = batch.useful_tokens
-    torch.testing.assert_close(model.logits(batch)[:useful], expected[:useful], rtol=0, atol=1e-5)
-
-
 def test_freezing_keeps_towers_in_the_call_order():
     frozen = EncodersConfig(
         vision=VISION.model_copy(update={"freeze": True}),

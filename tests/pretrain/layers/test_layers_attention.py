@@ -1,13 +1,15 @@
-"""The packed rule against a plain definition, and the padded path through transformers."""
+"""The attention function that transformers calls: packed streams, left-padded generation, clear refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
-from trichord.layers.attention import NAME, PackedLayout, _dense_mask, packed_attention, register_attention
+from trichord.layers.attention import NAME, _capped_attention, packed_attention, register_attention, trichord_attention
+from trichord.layers.layout import PackedLayout
+from trichord_kernels.reference import attention
 
 # Three segments of 5, 1 and 7 tokens (an image block at 7..11 of the last), then slack.
 CU_SEQLENS = torch.tensor([0, 5, 6, 13, 16], dtype=torch.int32)
@@ -22,10 +24,10 @@ def qkv(num_heads: int = 4, num_kv_heads: int = 2) -> tuple[torch.Tensor, ...]:
 
 
 def attend_by_definition(q, k, v, span_ends):
-    """Query t sees key j of its own run with j < max(t + 1, span_ends[t]); one query at a time."""
+    """Query t sees key j of its own run with j < max(t + 1, span_ends[t]); one query at a time, slack zero."""
     out = torch.zeros_like(q)
     bounds = CU_SEQLENS.tolist()
-    for t in range(16):
+    for t in range(13):
         start = max(b for b in bounds if b <= t)
         end = min(b for b in bounds if b > t)
         last = min(end, max(t + 1, span_ends[t]))
@@ -33,34 +35,29 @@ def attend_by_definition(q, k, v, span_ends):
             shared = head // (q.shape[1] // k.shape[1])
             scores = (k[0, shared, start:last] @ q[0, head, t]) * 0.3
             out[0, head, t] = scores.softmax(0) @ v[0, shared, start:last]
-    return out
+    return out.transpose(1, 2)
 
 
 @pytest.mark.parametrize("spans", [SPAN_ENDS, None])
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
-@pytest.mark.parametrize("path", ["runs", "mask"])
-def test_packed_attention_is_the_rule(spans, heads, path):
+def test_packed_attention_is_the_rule(spans, heads):
     layout = PackedLayout.build(CU_SEQLENS, SEGMENTS, spans)
-    if path == "mask":
-        layout = PackedLayout(None, _dense_mask(CU_SEQLENS, 16, spans))
     ends = torch.arange(1, 17) if spans is None else spans
     inputs = qkv(*heads)
     expected = attend_by_definition(*inputs, ends.tolist())
     got = packed_attention(*inputs, layout, 0.3)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(got[:, :, :13].square().sum(), inputs)
-    theirs = torch.autograd.grad(expected[:, :, :13].square().sum(), inputs)
+    ours = torch.autograd.grad(got.square().sum(), inputs)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_long_slack_is_attended_in_pieces_and_stays_finite():
-    cu_seqlens, segments = torch.tensor([0, 1000]), torch.full((1000,), -1)
-    layout = PackedLayout.build(cu_seqlens, segments, None)
-    assert max(run.length for run in layout.runs) <= 128
-    assert sum(run.length for run in layout.runs) == 1000
-    q = torch.randn(1, 1, 1000, 4)
-    assert torch.isfinite(packed_attention(q, q, q, layout, None)).all()
+def test_slack_costs_nothing_and_leaks_nothing():
+    inputs = [torch.where(torch.arange(16)[:, None] < 13, t, float("nan")) for t in qkv()]
+    out = packed_attention(*inputs, PackedLayout.build(CU_SEQLENS, SEGMENTS, SPAN_ENDS), 0.3)
+    assert torch.isfinite(out).all()
+    assert not out[:, 13:].any()
 
 
 def build_lm() -> Qwen3ForCausalLM:
@@ -105,6 +102,56 @@ def test_left_padded_generation_equals_one_by_one():
     assert together == alone
 
 
+def test_a_static_cache_gives_the_same_tokens():
+    model = build_lm()
+    prompt = torch.tensor(PROMPTS[:1])
+    generated = [
+        model.generate(prompt, max_new_tokens=12, do_sample=False, cache_implementation=kind, disable_compile=True)
+        for kind in ("dynamic", "static")
+    ]
+    assert torch.equal(*generated)
+
+
+def test_softcap_with_a_static_cache_equals_eager():
+    register_attention()
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=64,
+        attn_logit_softcapping=2.0,
+        eos_token_id=None,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    generated = []
+    for implementation in (NAME, "eager"):
+        model.set_attn_implementation(implementation)
+        generated.append(
+            model.generate(
+                torch.tensor(PROMPTS[:1]),
+                max_new_tokens=12,
+                do_sample=False,
+                cache_implementation="static",
+                disable_compile=True,
+            )
+        )
+    assert torch.equal(*generated)
+
+
+def test_softcap_with_a_dense_mask_equals_the_kernel_s_rule():
+    q, k, v = (t.detach() for t in qkv())
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()[None, None]
+    got = _capped_attention(q, k, v, mask, True, 0.3, 2.0, 0.0)
+    flat = (t[0].transpose(0, 1) for t in (q, k, v))
+    want = attention(*flat, torch.tensor([0, 16], dtype=torch.int32), softcap=2.0, scale=0.3)
+    torch.testing.assert_close(got[0].float(), want.float())
+
+
 def test_without_the_mask_registration_left_padding_would_be_wrong(monkeypatch):
     """Why both registrations are needed; if this fails, transformers has changed and ours can be simpler."""
     model = build_lm()
@@ -125,3 +172,16 @@ def test_a_packed_stream_with_a_cache_is_refused():
     layout = PackedLayout.build(torch.tensor([0, 4]), torch.zeros(4), None)
     with pytest.raises(ValueError, match="batch size 1 and no cache, got batch 2"):
         model.model(input_ids=torch.ones(2, 4, dtype=torch.long), packed_layout=layout)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "cache"])
+def test_arguments_that_would_be_ignored_are_refused(name):
+    with pytest.raises(ValueError, match=f"does not offer {name}"):
+        trichord_attention(torch.nn.Module(), *qkv(), None, **{name: torch.zeros(1)})
+
+
+def test_dropout_and_foreign_masks_are_refused():
+    with pytest.raises(ValueError, match=r"expected dropout 0, got 0\.1"):
+        trichord_attention(torch.nn.Module(), *qkv(), None, dropout=0.1)
+    with pytest.raises(ValueError, match=r"expected a mask of 4 dimensions, got \(1, 16\)"):
+        trichord_attention(torch.nn.Module(), *qkv(), torch.ones(1, 16))
