@@ -31,6 +31,7 @@ ROOMS = (
     "evaluate",
     "export",
     "provenance",
+    "selftest",
     "inspection",
     "benchmarks",
     "quickstart",

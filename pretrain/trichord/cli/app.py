@@ -24,7 +24,9 @@ data_app = typer.Typer(help="Shards, their sidecars, tokenizers.", **_PLAIN)
 config_app = typer.Typer(help="Show, check and start configs.", **_PLAIN)
 track_app = typer.Typer(help="The Weights & Biases mirror.", **_PLAIN)
 bench_app = typer.Typer(help="What this machine reaches, against a stated baseline.", **_PLAIN)
-for _group, _name in ((data_app, "data"), (config_app, "config"), (track_app, "track"), (bench_app, "bench")):
+selftest_app = typer.Typer(help="Your own config, killed and resumed, against the same run undisturbed.", **_PLAIN)
+_GROUPS = {"data": data_app, "config": config_app, "track": track_app, "bench": bench_app, "selftest": selftest_app}
+for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 
 

@@ -1,15 +1,16 @@
-"""`trichord data fuzz`, `selftest`: what is promised of the data road, attacked and counted on this machine."""
+"""`trichord data fuzz`, `data selftest`, `selftest resume`, `chaos`: promises, attacked and counted on this machine."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trichord.cli.app import data_app
-from trichord.cli.arguments import JsonFile
+from trichord.cli.app import data_app, selftest_app
+from trichord.cli.arguments import ConfigPath, JsonFile, Overrides
 from trichord.cli.output import print_rows, write_json
-from trichord.core.errors import EXIT_DONE, EXIT_UNEXPECTED
+from trichord.core.errors import EXIT_DONE, EXIT_UNEXPECTED, ConfigError
 
 MAX_SHOWN = 20
 
@@ -52,7 +53,7 @@ def data_selftest(
     """Read a mixture with stops, each time going on with other ranks and workers; exit code 1 if anything differs."""
     import logging
 
-    from trichord.inspection.selftest.proof import prove
+    from trichord.selftest.data import prove
 
     logging.disable(logging.WARNING)  # wasted places of odd world sizes, said once per loader
     report = prove(samples, stops, seed, lambda number, what: print(f"stretch {number}: {what}", flush=True))
@@ -68,3 +69,66 @@ def data_selftest(
         print("every good sample came exactly once per epoch, no bad one did, and the digests are the same")
     write_json(json_file, report)
     return EXIT_UNEXPECTED if report["faults"] else EXIT_DONE
+
+
+Steps = Annotated[int, typer.Option(help="Length of the runs.")]
+Procs = Annotated[int, typer.Option(help="Processes: those of the undisturbed run.")]
+Work = Annotated[Path | None, typer.Option(help="Keep run folders and logs here; default: a temporary folder.")]
+
+
+@selftest_app.command("resume")
+def selftest_resume(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Steps = 20,
+    procs: Procs = 2,
+    other_procs: Annotated[int, typer.Option(min=1, help="Processes of the other split.")] = 1,
+    other_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Its ZeRO stage; default: the same.")] = None,
+    work: Work = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Train, kill -9, resume on the same and on another split, compare; exit code 1 where they differ."""
+    from trichord.selftest.training import Split, resume_cases
+
+    def cases(trial):
+        return resume_cases(trial, Split(other_procs, trial.split.stage if other_stage is None else other_stage))
+
+    return _try_training(config, overrides, steps, procs, work, json_file, cases)
+
+
+@selftest_app.command("chaos")
+def selftest_chaos(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    kills: Annotated[int, typer.Option(min=1, help="Runs to kill.")] = 10,
+    steps: Steps = 20,
+    procs: Procs = 2,
+    seed: Annotated[int, typer.Option(help="Of the instants and the splits.")] = 0,
+    work: Work = None,
+    json_file: JsonFile = None,
+) -> int:
+    """Kill runs at random instants, resume each on the same or a random split, compare; exit code 1 if any differs."""
+    from trichord.selftest.training import chaos_cases
+
+    return _try_training(
+        config, overrides, steps, procs, work, json_file, lambda trial: chaos_cases(trial, kills, seed)
+    )
+
+
+def _try_training(config, overrides, steps: int, procs: int, work: Path | None, json_file: Path | None, run) -> int:
+    from trichord.selftest.processes import quiet_environment
+    from trichord.selftest.training import Trial, to_json
+
+    quiet_environment()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        if work is not None and work.is_dir() and any(work.iterdir()):
+            raise ConfigError(f"--work {work} is not empty; name a new folder")
+        trial = Trial(str(config), overrides or [], folder, steps=steps, procs=procs, say=typer.echo)
+        cases = run(trial)
+    result = to_json(trial, cases)
+    print_rows([{**case, "faults": "; ".join(case["faults"]) or "pass"} for case in result["cases"]])
+    failed = sum(bool(case["faults"]) for case in result["cases"])
+    print(f"{len(cases)} killed runs, {failed} differ; allowed on another split {result['tolerance']:.0e}")
+    write_json(json_file, result)
+    return EXIT_UNEXPECTED if failed else EXIT_DONE

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from trichord.checkpoints.load import resolve_checkpoint
 from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
-from trichord.quickstart.processes import quiet_environment, train_and_kill, train_by_launcher, train_here
+from trichord.selftest.processes import quiet_environment, train_and_kill, train_by_launcher, train_here
 
 log = get_logger(__name__)
 T = TypeVar("T")

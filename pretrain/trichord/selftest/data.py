@@ -14,8 +14,8 @@ import numpy as np
 
 from trichord.batches.loader import LoaderState
 from trichord.core.seed import derive_seed
-from trichord.inspection.selftest.mixture import Mixture, build_mixture
-from trichord.inspection.selftest.stretches import Seen, Shape, run_stretch
+from trichord.selftest.mixture import Mixture, build_mixture
+from trichord.selftest.stretches import Seen, Shape, run_stretch
 from trichord.shards.index import index_shards
 from trichord.shards.sources import expand_shards
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trichord.batches.loader import Loader, LoaderState
-from trichord.inspection.selftest.mixture import LENGTHS, Mixture
+from trichord.selftest.mixture import LENGTHS, Mixture
 
 _CONTEXT = get_context("fork")
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trichord.inspection.selftest import proof, stretches
-from trichord.inspection.selftest.mixture import build_mixture
+from trichord.selftest import data as proof
+from trichord.selftest import stretches
+from trichord.selftest.mixture import build_mixture
 from trichord.shards.index import build_index
 
 

@@ -1,7 +1,8 @@
-"""The quick-start's runs as a user would start them: the same commands, as processes of their own."""
+"""Runs as a user would start them: the same commands, as processes of their own, and what kills them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -57,6 +58,46 @@ def train_and_kill(arguments: list[str], procs: int, run_folder: Path, after_ste
     latest = find_latest(run_folder / "checkpoints")
     assert latest is not None
     return int(latest.name.removeprefix("step-"))
+
+
+def train_and_kill_after(arguments: list[str], procs: int, seconds: float, whole_job: bool, output: Path) -> bool:
+    """Start a run with the launcher and `kill -9` it after so many seconds: its last rank, or every process at once.
+
+    Returns:
+        Whether it was killed; False where the run had ended by then, or had no ranks yet and a rank was asked for.
+    """
+    with open(output, "wb") as sink:
+        command = [*_launch_command(arguments, procs), "--max-restarts", "0"]
+        launcher = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            launcher.wait(timeout=seconds)
+            return False
+        except subprocess.TimeoutExpired:
+            killed = _kill_all(launcher) if whole_job else _kill_rank(launcher, procs - 1)
+            launcher.wait(timeout=WAIT_LIMIT_S)
+            return killed
+        finally:
+            if launcher.poll() is None:
+                launcher.terminate()
+                launcher.wait(timeout=60)
+
+
+def _kill_all(launcher: subprocess.Popen) -> bool:
+    """As a power cut: stopped first, so that none of them sees another die."""
+    job = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    for send in (signal.SIGSTOP, signal.SIGKILL):
+        for process in job:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(send)
+    return True
+
+
+def _kill_rank(launcher: subprocess.Popen, rank: int) -> bool:
+    try:
+        _find_rank(launcher.pid, rank).send_signal(signal.SIGKILL)
+    except (TrichordError, psutil.NoSuchProcess):
+        return False
+    return True
 
 
 def _launch_command(arguments: list[str], procs: int) -> list[str]:
