@@ -65,8 +65,8 @@ def _judge(inputs, others, grads) -> None:
         ((513, 8, 8, 96), 48),
         ((257, 8, 4, 256), 128),
         ((515, 16, 2, 128), 32),
-        ((5, 2, 1, 10), 3),
-        ((1, 1, 1, 2), 1),
+        ((65, 2, 1, 10), 3),
+        ((1, 32, 8, 128), 64),
     ],
 )
 def test_error_rule(shape, num_frequencies, dtype, has_norms) -> None:
