@@ -2,20 +2,20 @@
 
 Per chunk of rows: logits = x @ weight.T + bias by torch.mm in the operands' dtype, then a program per row, in float32:
 
-    s = softcap * tanh(logits / softcap), or the logits; d = s - s[label]
-    lse' = logsumexp(d); lse = lse' + s[label]
-    loss = lse' - label_smoothing * mean(d) + z_loss * lse^2
+    s = softcap * tanh(logits / softcap), or the logits
+    m = max(s); l = log(sum(exp(s - m))); lse = m + l
+    loss = l + (m - s[label]) - label_smoothing * mean(s - s[label]) + z_loss * lse^2
 
 Backward: the chunk's logits are computed again and turned in place into their gradient, with g = d_loss of the row:
 
-    p = exp(d - lse')
+    p = exp((s - m) - l)
     d_s = g * ((1 + 2 * z_loss * lse) * p - label_smoothing / V - (1 - label_smoothing) * [column == label])
     d_logits = d_s * (1 - (s / softcap)^2)      rounded to the operands' dtype
 
 and d_x = d_logits @ weight, d_weight += d_logits.T @ x, the sum over chunks in float32. Between forward and backward
-only s[label] and lse' of each row live. s[label] is the reference of everything, so that an offset that all logits of a
-row share costs no digits, and so that a running maximum may start at 0. Chunks of logits with in-kernel recomputation
-follow Liger-Kernel (Hsu et al. 2024) and Cut Your Losses (Wijmans et al. 2024, arXiv 2411.09009).
+only m and l of each row live, apart: their sum would round l away where all logits share a large offset. Chunks of
+logits follow Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989), recomputing them in the backward Cut Your Losses
+(Wijmans et al. 2024, arXiv 2411.09009).
 """
 
 # pyright: reportIndexIssue=false, reportCallIssue=false
@@ -69,12 +69,13 @@ def _linear_cross_entropy_forward_kernel(
     Logits_ptr,
     Labels_ptr,
     Loss_ptr,
-    Target_ptr,
-    Lse_ptr,
+    Max_ptr,
+    Log_sum_ptr,
     ignore_index,
     label_smoothing,
     z_loss,
     softcap,
+    num_columns,
     V: tl.constexpr,
     ROW_MULTIPLE: tl.constexpr,
     LANES: tl.constexpr,
@@ -82,7 +83,7 @@ def _linear_cross_entropy_forward_kernel(
     HAS_SMOOTHING: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Loss, s[label] and lse' of one row; 0 for ignore_index, NaN for any other label outside the vocabulary.
+    """Loss, m and l of one row; 0 for ignore_index, NaN for any other label outside the vocabulary.
 
     Each lane keeps its own running maximum and sum over WIDTH neighbouring columns per turn, so that the loop has no
     exchange between threads; lanes are joined behind it.
@@ -92,32 +93,35 @@ def _linear_cross_entropy_forward_kernel(
     base = Logits_ptr + row * PADDED
     label = tl.load(Labels_ptr + row)
     labelled = label != ignore_index
-    target = tl.load(base + label, mask=labelled & (label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+    is_token = (label >= 0) & (label < V)
+    target = tl.load(base + label, mask=labelled & is_token, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         target = softcap * _tanh(target / softcap)
-    lane_max = tl.zeros((LANES,), tl.float32)  # the label's own d is 0: no maximum is below
+    lane_max = tl.full((LANES,), -3.4028234663852886e38, tl.float32)  # finite: logits of -inf are exp(-inf) below it
     lane_sum = tl.zeros((LANES,), tl.float32)
     lane_total = tl.zeros((LANES,), tl.float32)
     in_tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    for start in range(0, tl.where(labelled, V, 0), LANES * WIDTH):
+    for start in range(0, tl.where(labelled, num_columns, 0), LANES * WIDTH):
         cols = start + in_tile
         s = tl.load(base + cols, mask=cols < PADDED, other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
             s = softcap * _tanh(s / softcap)
-        d = tl.where(cols < V, s - target, -float("inf"))
-        new_max = tl.maximum(lane_max, tl.max(d, axis=1))
-        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(tl.exp(d - new_max[:, None]), axis=1)
-        lane_max = new_max
         if HAS_SMOOTHING:
-            lane_total += tl.sum(tl.where(cols < V, d, 0.0), axis=1)
+            lane_total += tl.sum(tl.where(cols < V, s - target, 0.0), axis=1)
+        s = tl.where(cols < V, s, -float("inf"))
+        new_max = tl.maximum(lane_max, tl.max(s, axis=1))
+        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(tl.exp(s - new_max[:, None]), axis=1)
+        lane_max = new_max
     row_max = tl.max(lane_max, axis=0)
-    lse = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0))
-    loss = lse + z_loss * (lse + target) * (lse + target)
+    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0))
+    log_sum = tl.where(is_token, log_sum, float("nan"))
+    lse = row_max + log_sum
+    loss = log_sum + (row_max - target) + z_loss * lse * lse
     if HAS_SMOOTHING:
         loss -= label_smoothing * (tl.sum(lane_total, axis=0) / V)
     tl.store(Loss_ptr + row, tl.where(labelled, loss, 0.0))
-    tl.store(Target_ptr + row, tl.where(labelled, target, 0.0))
-    tl.store(Lse_ptr + row, tl.where(labelled, lse, 0.0))
+    tl.store(Max_ptr + row, tl.where(labelled, row_max, 0.0))
+    tl.store(Log_sum_ptr + row, tl.where(labelled, log_sum, 0.0))
 
 
 @triton.jit
@@ -125,12 +129,13 @@ def _linear_cross_entropy_backward_kernel(
     Logits_ptr,
     Labels_ptr,
     Grad_ptr,
-    Target_ptr,
-    Lse_ptr,
+    Max_ptr,
+    Log_sum_ptr,
     ignore_index,
     label_smoothing,
     z_loss,
     softcap,
+    num_columns,
     V: tl.constexpr,
     ROW_MULTIPLE: tl.constexpr,
     LANES: tl.constexpr,
@@ -145,13 +150,13 @@ def _linear_cross_entropy_backward_kernel(
     label = tl.load(Labels_ptr + row)
     labelled = label != ignore_index
     grad = tl.load(Grad_ptr + row)
-    target = tl.load(Target_ptr + row)
-    lse = tl.load(Lse_ptr + row)
-    factor = grad * (1.0 + 2.0 * z_loss * (lse + target))
+    row_max = tl.load(Max_ptr + row)
+    log_sum = tl.load(Log_sum_ptr + row)
+    factor = grad * (1.0 + 2.0 * z_loss * (row_max + log_sum))
     spread = grad * (label_smoothing / V)
     hit = grad * (1.0 - label_smoothing)
     in_tile = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    for start in range(0, V, LANES * WIDTH):
+    for start in range(0, num_columns, LANES * WIDTH):
         cols = start + in_tile
         s = tl.load(base + cols, mask=cols < PADDED, other=0.0)
         dtype = s.dtype
@@ -161,7 +166,7 @@ def _linear_cross_entropy_backward_kernel(
             capped = _tanh(s / softcap)
             s = softcap * capped
             slope = 1.0 - capped * capped
-        d = factor * tl.exp((s - target) - lse)
+        d = factor * tl.exp((s - row_max) - log_sum)
         if HAS_SMOOTHING:
             d -= spread
         d = tl.where(cols == label, d - hit, d)
@@ -172,17 +177,17 @@ def _linear_cross_entropy_backward_kernel(
 
 
 def _row_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel on logits (R, V) of a padded buffer: loss, s[label] and lse', (R,) float32 each."""
-    loss, target, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
-    _launch(_linear_cross_entropy_forward_kernel, logits, (labels, loss, target, lse), options)
-    return loss, target, lse
+    """Launch the forward kernel on logits (R, V) of a padded buffer: loss, m and l, (R,) float32 each."""
+    loss, top, log_sum = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    _launch(_linear_cross_entropy_forward_kernel, logits, (labels, loss, top, log_sum), options)
+    return loss, top, log_sum
 
 
 def _logits_to_gradient(
-    logits: Tensor, labels: Tensor, grad: Tensor, target: Tensor, lse: Tensor, options: LossOptions
+    logits: Tensor, labels: Tensor, grad: Tensor, top: Tensor, log_sum: Tensor, options: LossOptions
 ) -> None:
     """Launch the backward kernel: logits (R, V) of a padded buffer become their gradient."""
-    _launch(_linear_cross_entropy_backward_kernel, logits, (labels, grad, target, lse), options)
+    _launch(_linear_cross_entropy_backward_kernel, logits, (labels, grad, top, log_sum), options)
 
 
 def _launch(kernel, logits: Tensor, rows: tuple[Tensor, ...], options: LossOptions) -> None:
@@ -195,6 +200,7 @@ def _launch(kernel, logits: Tensor, rows: tuple[Tensor, ...], options: LossOptio
             options.label_smoothing,
             options.z_loss,
             1.0 if options.softcap is None else options.softcap,
+            logits.shape[1],  # V again, not a constant: the compiler unrolls loops of a few turns whole
             V=logits.shape[1],
             ROW_MULTIPLE=ROW_MULTIPLE,
             LANES=tile.block_m,
@@ -229,8 +235,9 @@ def linear_cross_entropy_forward(
     num_labelled: int | None,
     compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses (T,), without token weights, and what the backward needs, (2, T): s[label] and lse'. float32."""
+    """Row losses (T,), without token weights, and what the backward needs, (2, T): m and l. float32."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    _check_devices(hidden, weight, labels, bias)
     projection, losses_of, _ = _path(hidden, weight, labels, bias, options, num_labelled, compute_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         losses, statistics = losses_in_chunks(projection, labels, options, losses_of)
@@ -287,20 +294,23 @@ def _path(
         check_labels(labels if order is None else labels[order], weight.shape[0])
         projection = Projection.of(hidden, weight, bias, order, compute_dtype)
         return projection, row_losses, logits_to_gradient
-    _check(hidden, weight, labels, bias)
+    _check(hidden, weight, bias)
     order = _labelled_first(labels, options.ignore_index, num_labelled)
     projection = Projection.of(hidden, weight, bias, order, compute_dtype, ROW_MULTIPLE, all_labelled=False)
     return projection, _row_losses, _logits_to_gradient
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    tensors = [t for t in (hidden, weight, bias) if t is not None]
+def _check(*operands: Tensor | None) -> None:
+    tensors = [t for t in operands if t is not None]
     if any(t.dtype not in KERNEL_DTYPES for t in tensors):
         raise KernelError(
             "linear_cross_entropy: the Triton kernel takes float32, bfloat16 and float16, got "
             f"{', '.join(str(t.dtype) for t in tensors)}; cast, or set TRICHORD_KERNELS=reference"
         )
-    devices = sorted({str(t.device) for t in (*tensors, labels)})
+
+
+def _check_devices(*operands: Tensor | None) -> None:
+    devices = sorted({str(t.device) for t in operands if t is not None})
     if len(devices) != 1:
         raise KernelError(
             f"linear_cross_entropy: expected all tensors on one device, got {', '.join(devices)}; move them"
@@ -319,7 +329,8 @@ def _gradients(hidden: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]) 
 
 
 @linear_cross_entropy_forward.register_fake
-def _forward_fake(hidden: Tensor, *_) -> tuple[Tensor, Tensor]:
+def _forward_fake(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *_) -> tuple[Tensor, Tensor]:
+    _check_devices(hidden, weight, labels, bias)
     return _losses(hidden)
 
 

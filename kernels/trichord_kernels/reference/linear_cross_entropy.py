@@ -38,12 +38,12 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Loss of `hidden @ weight.T + bias`; arguments as the public `trichord_kernels.linear_cross_entropy`.
 
-    s = softcap * tanh(logits / softcap) or the logits, d = s - s[label], lse' = logsumexp(d), lse = lse' + s[label]
-    row loss = token weight * (lse' - label_smoothing * mean(d) + z_loss * lse^2), 0 where the row has no label
+    s = softcap * tanh(logits / softcap), or the logits; m = max(s), l = log(sum(exp(s - m))), lse = m + l
+    row loss = token weight * (l + (m - s[label]) - label_smoothing * mean(s - s[label]) + z_loss * lse^2)
 
-    Everything is taken relative to the label's own logit, so that an offset common to all logits costs no digits.
-    float64 is allowed too and then stays float64. Rows without a label are dropped first, the others go in chunks
-    whose logits are computed again in the backward pass: no more than one chunk of logits is ever held.
+    and 0 where the row has no label. Logits only enter as differences, so that an offset that all of them share costs
+    no digits. float64 is allowed too and then stays float64. Rows without a label are dropped first, the others go in
+    chunks whose logits are computed again in the backward pass: no more than one chunk of logits is ever held.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     check_operands(hidden, weight, labels, bias, options, token_weights, reduction, num_labelled)
@@ -53,37 +53,37 @@ def linear_cross_entropy(
 
 
 def row_losses(logits: Tensor, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (R, V), labels (R,) -> loss, s[label] and lse' of each row, (R,) float32 each. Overwrites `logits`."""
+    """logits (R, V), labels (R,) -> loss, m and l of each row, (R,) float32 each. May overwrite `logits`."""
     found = []
     for block, label in _blocks(logits, labels):
         wide = block.to(wide_dtype(block))
         if options.softcap is not None:
             wide = wide.div_(options.softcap).tanh_().mul_(options.softcap)
-        target = wide.gather(1, label[:, None])
-        wide = wide.sub_(target)
-        lse = torch.logsumexp(wide, dim=1)
-        loss = lse + options.z_loss * (lse + target[:, 0]).square()
-        if options.label_smoothing:
-            loss = loss - options.label_smoothing * wide.mean(dim=1)
-        found.append((loss, target[:, 0], lse))
-    loss, target, lse = (torch.cat(parts) for parts in zip(*found))
-    return loss, target, lse
+        top = wide.amax(dim=1)
+        wide = wide.sub_(top[:, None])
+        target = wide.gather(1, label[:, None])[:, 0]
+        mean = wide.mean(dim=1) if options.label_smoothing else target
+        log_sum = wide.exp_().sum(dim=1).log()
+        loss = log_sum - target - options.label_smoothing * (mean - target)
+        found.append((loss + options.z_loss * (top + log_sum).square(), top, log_sum))
+    loss, top, log_sum = (torch.cat(parts) for parts in zip(*found))
+    return loss, top, log_sum
 
 
 def logits_to_gradient(
-    logits: Tensor, labels: Tensor, grad: Tensor, target: Tensor, lse: Tensor, options: LossOptions
+    logits: Tensor, labels: Tensor, grad: Tensor, top: Tensor, log_sum: Tensor, options: LossOptions
 ) -> None:
     """Overwrite logits (R, V) with the gradient by them; grad (R,) is the one by the rows' losses."""
-    for block, y, g, s_y, z in _blocks(logits, labels, *(t[:, None] for t in (grad, target, lse))):
+    for block, label, g, high, tail in _blocks(logits, labels, *(t[:, None] for t in (grad, top, log_sum))):
         wide, slope = block.to(wide_dtype(block)), None
         if options.softcap is not None:
             wide = wide.div_(options.softcap).tanh_()
             slope = 1 - wide.square()
             wide = wide.mul_(options.softcap)
-        wide = wide.sub_(s_y).sub_(z).exp_().mul_(g * (1 + 2 * options.z_loss * (z + s_y)))
+        wide = wide.sub_(high).sub_(tail).exp_().mul_(g * (1 + 2 * options.z_loss * (high + tail)))
         if options.label_smoothing:
             wide = wide.sub_(g * (options.label_smoothing / logits.shape[1]))
-        wide = wide.scatter_add_(1, y[:, None], g * (options.label_smoothing - 1))
+        wide = wide.scatter_add_(1, label[:, None], g * (options.label_smoothing - 1))
         block.copy_(wide if slope is None else wide.mul_(slope))
 
 

@@ -86,7 +86,7 @@ class Projection:
 def losses_in_chunks(
     projection: Projection, labels: Tensor, options: LossOptions, losses_of: RowLosses
 ) -> tuple[Tensor, Tensor]:
-    """losses (T,), and per row what the backward needs, (2, T): s[label] and lse'. Rows not visited: 0."""
+    """losses (T,), and what the backward needs of each row, (2, T): its maximum m and l. Rows not visited: 0."""
     num_tokens = labels.shape[0]
     losses = projection.hidden.new_zeros(num_tokens, dtype=wide_dtype(projection.hidden))
     statistics = losses.new_zeros((2, num_tokens))

@@ -53,4 +53,4 @@ def _argument_type(arg: str, constexprs: dict[str, Any], dtype: str) -> str:
         return "constexpr"
     if arg.endswith("_ptr"):
         return {"Logits_ptr": f"*{dtype}", "Labels_ptr": "*i64"}.get(arg, "*fp32")
-    return "i32" if arg == "ignore_index" else "fp32"
+    return "i32" if arg in ("ignore_index", "num_columns") else "fp32"
