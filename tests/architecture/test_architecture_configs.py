@@ -67,7 +67,7 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "command"), commands())
 def test_commands_in_comments_are_verbs(name, command, capsys):
     words = command.split()[1:]
-    verb = words[: 2 if words[0] in ("data", "config", "track", "bench") else 1]
+    verb = words[: 2 if words[0] in ("data", "config", "track", "bench", "selftest") else 1]
     assert main([*verb, "--help"]) == 0
     help_text = capsys.readouterr().out
     for option in (word for word in words if word.startswith("--")):

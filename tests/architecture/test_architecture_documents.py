@@ -11,7 +11,7 @@ from import_graph import REPO, modules
 
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
 SHELL_LANGUAGES = ("bash", "sh", "shell", "console")
-GROUPS = ("data", "config", "track", "bench")
+GROUPS = ("data", "config", "track", "bench", "selftest")
 
 
 def shell_commands(text: str) -> list[str]:
