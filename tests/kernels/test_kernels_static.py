@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from trichord_kernels.errors import KernelError
+from trichord_kernels.static.baselines import ROW_PAIRS, ROW_PEERS
 from trichord_kernels.static.case import StaticCase
 from trichord_kernels.static.cases import op_cases, static_cases
 from trichord_kernels.static.judge import ARCHS, compile_case, judge_case, static_report
@@ -100,6 +101,11 @@ def test_processes_give_the_rows_of_one_process() -> None:
     assert rows == static_report(["sm_90"], ["merge_embeddings"], jobs=1)
     assert [row["kernel"] for row in rows] == [case.name for case in op_cases("merge_embeddings", "sm_90")]
     assert len(lines) == len(rows)
+
+
+def test_peers_are_paired_with_cases_that_exist() -> None:
+    assert set(ROW_PAIRS) <= {case.name for case in static_cases("sm_90")}
+    assert set(ROW_PAIRS.values()) <= {peer.name for peer in ROW_PEERS}
 
 
 def test_peers_stand_beside_the_row_that_does_their_work() -> None:

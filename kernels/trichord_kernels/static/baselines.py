@@ -97,12 +97,18 @@ ATTENTION_PEERS = (
     AttentionPeer("tut.fwd.d64.causal.128x64w8", "sm_100", 8, 3, 140, 0, 0, 65.0, 36, None, None),
 )
 
-# Our kernel's name up to where it is longer than this -> Liger's of the same work and size.
-_ROW_PAIRS = {
+# Our case -> Liger's kernel of the same work and size. Of linear + cross-entropy, the pass over a chunk of logits.
+ROW_PAIRS = {
     "rms_norm_fwd.4096.bf16": "rms_fwd.4096",
     "rms_norm_bwd.4096.bf16": "rms_bwd.4096",
     "add_rms_norm_fwd.4096.bf16": "add_rms_fwd.4096",
     "add_rms_norm_bwd.4096.bf16": "add_rms_bwd.4096",
+    "rope_fwd.32q8k128.bf16": "rope_fwd.32q8k128",
+    "rope_bwd.32q8k128.bf16": "rope_bwd.32q8k128",
+    "rope_fwd.28q4k128.3axes.bf16": "mrope_fwd.28q4k128",
+    "rope_bwd.28q4k128.3axes.bf16": "mrope_bwd.28q4k128",
+    "linear_cross_entropy_fwd.128256.bf16": "ce_fwd.128256",
+    "linear_cross_entropy_bwd.128256.bf16": "ce_grad.128256",
 }
 _ROW_ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -113,7 +119,7 @@ def peer_rows(row: dict) -> list[dict]:
     An attention kernel's peers are those of its direction, head dim and architecture.
     """
     if row.get("head_dim") is None:
-        name = _ROW_PAIRS.get(row["kernel"])
+        name = ROW_PAIRS.get(row["kernel"])
         return [_row_figures(peer, row["arch"]) for peer in ROW_PEERS if peer.name == name]
     prefixes = ("fwd.",) if row["is_forward"] else ("bwd.", "bwd_dq.", "bwd_dkv.")
     wanted = tuple(f"{suite}.{prefix}d{row['head_dim']}" for suite in ("tut", "fla") for prefix in prefixes)

@@ -13,7 +13,7 @@ _COLUMNS += ("barriers", "tensor core", "bound", "serial", "bars")
 def render_table(rows: Sequence[dict]) -> str:
     """The rows as aligned text, peers' figures under those that have them, then failures, and a line per op.
 
-    Loads and stores are "wide/all" of the hot part, spills bytes per thread stored/loaded in the whole kernel, "in
+    Loads and stores are "wide/all" of the hot part (stores of a tensor-core kernel: of all of it), spills bytes per thread stored/loaded in the whole kernel, "in
     loop" those of the hot loop.
     """
     lines = [_COLUMNS]
@@ -63,7 +63,8 @@ def _cells(row: dict) -> tuple[str, ...]:
     spills = f"{row['spill_store_bytes']}/{row['spill_load_bytes']}" if "spill_store_bytes" in row else "-"
     tensor_core = " ".join(f"{count} {kind}".strip() for kind, count in row.get("tensor_core", {}).items() if count)
     shown = [row["kernel"], row["arch"], row.get("num_warps"), row.get("registers"), spills, row.get("hot_spill_bytes")]
-    shown += [row.get(key) for key in ("shared_kib", "occupancy", "loads", "stores", "barriers")]
+    stores = "whole_stores" if row.get("tensor_loops") else "stores"
+    shown += [row.get(key) for key in ("shared_kib", "occupancy", "loads", stores, "barriers")]
     shown += [tensor_core or None, row.get("tensor_bound"), row.get("serial_bound")]
     shown += [f"{verdict} {','.join(bad or bars)}" if bars else None]
     return tuple("-" if cell is None else str(cell) for cell in shown)
