@@ -13,8 +13,8 @@ _COLUMNS += ("barriers", "tensor core", "bound", "serial", "bars")
 def render_table(rows: Sequence[dict]) -> str:
     """The rows as aligned text, peers' figures under those that have them, then failures, and a line per op.
 
-    Loads and stores are "wide/all" of the hot part (stores of a tensor-core kernel: of all of it), spills bytes per thread stored/loaded in the whole kernel, "in
-    loop" those of the hot loop.
+    Loads and stores are "wide/all" of the hot part (stores of a tensor-core kernel: of all of it); spills bytes per
+    thread stored/loaded in the whole kernel, "in loop" those of the hot loop.
     """
     lines = [_COLUMNS]
     for row, shown in zip(rows, _peers_once(rows)):
