@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal, overload
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, through_op
 
-if HAS_TRITON and find_spec("trichord_kernels.ops.attention"):
+if HAS_TRITON:
     from trichord_kernels.ops import attention as op
 
 
