@@ -46,6 +46,50 @@ def local(
 
 
 @app.command()
+def slurm(
+    config: Annotated[str, typer.Argument(help="Run config: a YAML file, or the name of a shipped one.")],
+    cluster: Annotated[str, typer.Option(help="Cluster file, or the name of one under configs/clusters.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values on top of it: engine.lr=3e-4 ...")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    time: Annotated[str | None, typer.Option(help="Time limit of a start: 24:00:00. Default: the cluster's.")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="KEY=V1,V2: a run for each value, in one job array.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="How many runs of a grid may run at a time.")] = None,
+    links: Annotated[int | None, typer.Option(min=1, help="Jobs of a chain, where requeue is forbidden.")] = None,
+    launcher: Annotated[str, typer.Option(help="torchrun: one per node. srun: one task per rank.")] = "torchrun",
+    max_restarts: Annotated[int, typer.Option(min=0, help="How many crashes are started again.")] = 3,
+    max_requeues: Annotated[int, typer.Option(min=0, help="How often the job may go back into the queue.")] = 100,
+    same_step: Annotated[int, typer.Option(min=2, help="This many crashes at one step end the run.")] = 2,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it. Without this it is only shown.")] = False,
+) -> None:
+    """Train on a Slurm cluster: show the batch script, or submit it with --submit.
+
+    The job saves and requeues itself at its time limit and when it is preempted, and starts again after a crash.
+    """
+    from trichord_launch import slurm as target
+    from trichord_launch.job import Budget
+
+    request = target.Request(
+        config=config,
+        cluster=cluster,
+        nodes=nodes,
+        time=time,
+        overrides=overrides or (),
+        grid=grid or (),
+        at_once=at_once,
+        links=links,
+        launcher=launcher,
+        budget=Budget(max_restarts, max_requeues, same_step),
+    )
+    submission = target.prepare(request)
+    if submit:
+        for job_id in target.submit(submission):
+            typer.echo(job_id)
+    else:
+        typer.echo(submission.script, nl=False)
+    typer.echo(target.describe(submission, submit), err=True)
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(help="Run folder, or name of a run under runs/.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

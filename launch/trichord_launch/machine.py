@@ -31,9 +31,28 @@ def count_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
     """GPUs a job with `environ` would see: none with DS_ACCELERATOR=cpu, else by device files or `nvidia-smi -L`."""
     if environ.get("DS_ACCELERATOR") == "cpu":
         return 0
+    visible = _visible(environ)
+    return visible if visible is not None else _installed(environ, devices)
+
+
+def count_devices(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+    """GPUs that answer, of those `environ` lets a job see. One that fell off the bus keeps its device file."""
+    has_tool = shutil.which("nvidia-smi", path=environ.get("PATH")) is not None
+    answering = _nvidia_smi(environ) if has_tool else _installed(environ, devices)
+    visible = _visible(environ)
+    return answering if visible is None else min(visible, answering)
+
+
+def _visible(environ: Mapping[str, str]) -> int | None:
+    """How many GPUs the environment names; None where it names none."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if name in environ:
             return len([part for part in environ[name].split(",") if part.strip() not in ("", "-1")])
+    return None
+
+
+def _installed(environ: Mapping[str, str], devices: Path) -> int:
+    """GPUs by device files, or by `nvidia-smi -L`."""
     nvidia = [path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     if nvidia:
         return len(nvidia)

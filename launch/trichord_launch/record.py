@@ -71,8 +71,8 @@ def end_attempt(folder: Path, attempt: int, verdict: Verdict, more: Mapping[str,
     """Keep the verdict with the attempt, and in `status.json` where the ranks could not write one."""
     facts = {**asdict(verdict), **more, "time": time.time()}
     write_atomically(folder / "attempts" / str(attempt) / "verdict.json", json.dumps(facts, indent=2) + "\n")
-    if verdict.outcome == "failed":
-        write_status(folder, Status("failed", verdict.exit_code, verdict.step, verdict.reason, attempt))
+    if verdict.outcome == "failed" or not _said(folder, verdict.outcome):
+        write_status(folder, Status(verdict.outcome, verdict.exit_code, verdict.step, verdict.reason, attempt))
 
 
 def has_begun(folder: Path, attempt: int) -> bool:
@@ -108,6 +108,13 @@ def past_attempts(folder: Path, submission: str) -> list[PastAttempt]:
         crashed = bool(verdict.get("crashed"))
         found.append(PastAttempt(attempt, verdict["outcome"], verdict["exit_code"], verdict["step"], crashed))
     return found
+
+
+def _said(folder: Path, outcome: str) -> bool:
+    with contextlib.suppress(TrichordError):
+        status = read_status(folder)
+        return status is not None and status.outcome == outcome
+    return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -164,15 +164,19 @@ def _wait(process: subprocess.Popen, signals: StopSignals, say: Callable[[str], 
 
 
 class StopSignals:
-    """Collects stop signals while it is entered. received: their numbers in order."""
+    """Collects stop signals while it is entered. received: their numbers in order.
 
-    def __init__(self) -> None:
+    ignored_too: also those that this process was started to ignore (nohup and background jobs: they are not for us).
+    """
+
+    def __init__(self, numbers: Sequence[int] = STOP_SIGNALS, ignored_too: bool = False) -> None:
         self.received: list[int] = []
+        self._numbers, self._ignored_too = numbers, ignored_too
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs: it is not for us
+        for number in self._numbers:
+            if self._ignored_too or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, lambda received, _frame: self.received.append(received))
         return self
 

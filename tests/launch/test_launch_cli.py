@@ -79,6 +79,56 @@ def test_everything_the_launcher_does_runs_without_torch(config):
     assert "trichord_launch.torchrun" in result.stdout
 
 
+CLUSTER = "name: small\nnodes: 2\ngpus_per_node: 2\nslurm: {partition: gpu}\n"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(CLUSTER)
+    return path
+
+
+def test_slurm_shows_the_script_and_writes_nothing(config, cluster, tmp_path):
+    result = invoke("slurm", config, "engine.lr=1e-3", "--cluster", cluster, "--nodes", 2, "--time", "30")
+    assert result.exit_code == 0, result.output
+    assert "#SBATCH --nodes=2" in result.stdout
+    assert "#SBATCH --time=30" in result.stdout
+    assert "2 x 2 = 4 ranks" in result.stderr
+    assert "--submit" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_is_shown_as_an_array(config, cluster, tmp_path):
+    result = invoke("slurm", config, "--cluster", cluster, "--grid", "engine.lr=1e-3,3e-4", "--grid", "run.seed=1,2")
+    assert "#SBATCH --array=0-3" in result.stdout
+    assert f"digits-lr-3e-4-seed-2    {tmp_path}/runs/digits-lr-3e-4-seed-2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", 3], "--nodes must be 1 to 2"),
+        (["--time", "soon"], "--time: expected minutes"),
+        (["--launcher", "mpi"], "expected torchrun or srun"),
+        (["--links", 2], "requeues itself"),
+        (["engine.lrr=1"], "lrr"),
+        (["--grid", "engine.lrr=1,2"], "lrr"),
+        (["--submit"], "sbatch is not on this machine"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_submitted(config, cluster, monkeypatch, arguments, message):
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = invoke("slurm", config, "--cluster", cluster, *arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_a_cluster_without_a_scheduler_is_told(config, cluster):
+    cluster.write_text(CLUSTER.replace("slurm: {partition: gpu}", ""))
+    assert "has no slurm: section" in str(invoke("slurm", config, "--cluster", cluster).exception)
+
+
 def test_a_dry_run_shows_the_command_and_writes_nothing(config, tmp_path, cpu):
     result = invoke("local", config, "--procs", 2, "engine.lr=1e-3", "--dry-run")
     assert result.exit_code == 0, result.output
