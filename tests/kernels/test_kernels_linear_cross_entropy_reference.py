@@ -175,9 +175,9 @@ def test_autocast_multiplies_in_its_dtype_and_sums_in_float32() -> None:
     tensors, labels = operands(9, 8, 33, torch.float32)
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     saved = []
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            loss = linear_cross_entropy(labels=labels, **leaves)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", dtype=torch.bfloat16), keep:
+        loss = linear_cross_entropy(labels=labels, **leaves)
     half = {name: t.detach().bfloat16().requires_grad_() for name, t in leaves.items()}
     want = linear_cross_entropy(labels=labels, **half)
     assert loss.dtype == torch.float32

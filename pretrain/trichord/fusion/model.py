@@ -51,7 +51,8 @@ def param_room(name: str) -> str:
 class ModelOutput:
     """What the objectives need.
 
-    next_token_loss_sum: () fp32, cross-entropy summed over the labelled positions; None without trunk or objective.
+    next_token_loss_sum: () fp32, cross-entropy summed over the labelled positions, in training with the smoothing and
+        the z-loss that the objective asks for; None without trunk or objective.
     image_embeds (I, E), audio_embeds (A, E), text_embeds (S, E): fp32 of length 1, segments without text all 0; None
         without a contrastive objective or tower.
     logit_scale, logit_bias: (1,) fp32; None without a contrastive objective.
@@ -110,6 +111,9 @@ class Trichord(nn.Module):
         widths = {name: tower.hidden_size for name, tower in (("image", vision), ("audio", audio)) if tower is not None}
         self.connectors = nn.ModuleDict()
         if trunk is not None:
+            if objectives.next_token is not None:
+                trunk.lm_head.label_smoothing = objectives.next_token.label_smoothing
+                trunk.lm_head.z_loss = objectives.next_token.z_loss
             width = trunk.config.hidden_size
             self.connectors.update({k: Connector(fusion.connector, v, width) for k, v in widths.items()})
         self.heads = nn.ModuleDict()

@@ -7,41 +7,49 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 2**25  # logits held at once, in numbers: 128 MiB in fp32
+from trichord_kernels import linear_cross_entropy
 
 
 class LMHead(nn.Linear):
-    """A linear map to the vocabulary. With labels it returns the summed cross-entropy instead of logits."""
+    """A linear map to the vocabulary. With labels it returns the summed loss instead of logits.
+
+    label_smoothing, z_loss: parts of the loss in training; in eval mode it is the plain cross-entropy.
+    softcap: logits are softcap * tanh(logits / softcap) (Gemma 2); None: as they are.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         """hidden (..., D) -> logits (..., V); with labels (K,) int64 and hidden (K, D): () fp32, the sum over rows.
 
-        Rows are taken in chunks that are recomputed in the backward pass, so that at most `_CHUNK_ELEMENTS` logits
-        live at a time.
+        Logits of the loss live a chunk at a time and are computed again in the backward pass.
         """
         if labels is None:
-            return F.linear(hidden, self.weight, self.bias)
-        rows = max(1, _CHUNK_ELEMENTS // self.out_features)
-        if hidden.shape[0] <= rows:
-            return self._loss_sum(hidden, labels)
-        losses = [
-            checkpoint(self._loss_sum, h, y, use_reentrant=False)
-            for h, y in zip(hidden.split(rows), labels.split(rows))
-        ]
-        return torch.stack(losses).sum()
-
-    def _loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+            logits = F.linear(hidden, self.weight, self.bias)
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            labels,
+            self.bias,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
+            softcap=self.softcap,
+        )
 
 
 def replace_lm_head(model: Any) -> LMHead:
-    """Put an `LMHead` in the place of `model.lm_head`; the Parameter is the same object, so tied weights stay tied."""
+    """Put an `LMHead` in the place of `model.lm_head`; the Parameter is the same object, so tied weights stay tied.
+
+    A cap that the model's config asks of its logits is the head's from here on.
+    """
     old = model.lm_head
     head = LMHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight = old.weight
     head.bias = old.bias
+    head.softcap = getattr(model.config, "final_logit_softcapping", None)
     model.lm_head = head
     return head

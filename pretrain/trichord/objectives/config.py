@@ -13,6 +13,10 @@ class NextTokenConfig(Leaf):
     """Cross-entropy of the next text token, given all before it (images and audio included)."""
 
     weight: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target spread over the vocabulary. Training only: evaluation is the plain cross-entropy."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Times the squared log of the softmax's denominator (PaLM, Chowdhery et al. 2022: 1e-4). Training only."""
 
 
 class ContrastiveConfig(Leaf):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_trichord import AUDIO, ENCODERS, FUSION, OBJECTIVES, TEXT, VISION, Item, tiny_batch, tiny_model
 
 from trichord.core.errors import ConfigError
@@ -144,6 +145,19 @@ def test_gradients_reach_towers_that_no_loss_uses():
     assert out.logit_scale is None
     (out.next_token_loss_sum + out.placeholder).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_smoothing_and_z_loss_of_the_objective_reach_the_loss_in_training_only():
+    batch = tiny_batch(FULL)
+    plain = tiny_model(objectives=ObjectivesConfig(next_token=NextTokenConfig(), contrastive=ContrastiveConfig()))
+    regularised = NextTokenConfig(label_smoothing=0.1, z_loss=0.01)
+    model = tiny_model(objectives=ObjectivesConfig(next_token=regularised, contrastive=ContrastiveConfig()))
+    labels = batch.labels[batch.label_index]
+    logits = model.logits(batch)[batch.label_index]
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    expected = expected + 0.01 * logits.logsumexp(1).square().sum()
+    torch.testing.assert_close(model(batch).next_token_loss_sum, expected, rtol=1e-5, atol=0)
+    assert torch.equal(model.eval()(batch).next_token_loss_sum, plain(batch).next_token_loss_sum)
 
 
 def test_packed_equals_one_by_one(model):

@@ -1,4 +1,4 @@
-"""The loss head: a plain cross-entropy sum, in chunks too, and tied weights that stay tied."""
+"""The loss head: a plain cross-entropy sum with its options, and tied weights that stay tied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trichord.layers import loss
 from trichord.layers.loss import LMHead, replace_lm_head
 from trichord.layers.norm import RMSNorm, replace_rms_norms
 
@@ -24,9 +23,7 @@ def build_lm(tie: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 50, 2**25])
-def test_loss_and_gradients_equal_plain_cross_entropy(monkeypatch, chunk):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", chunk)
+def test_loss_and_gradients_equal_plain_cross_entropy():
     torch.manual_seed(0)
     head = LMHead(8, 50, bias=False).double()
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
@@ -43,6 +40,30 @@ def test_loss_and_gradients_equal_plain_cross_entropy(monkeypatch, chunk):
 def test_the_loss_of_bf16_logits_is_summed_in_fp32():
     head = LMHead(8, 50, bias=False).bfloat16()
     assert head(torch.randn(4, 8).bfloat16(), torch.zeros(4, dtype=torch.long)).dtype == torch.float32
+
+
+def test_smoothing_and_z_loss_are_of_training_only():
+    torch.manual_seed(0)
+    head = LMHead(8, 50, bias=False)
+    head.label_smoothing, head.z_loss = 0.1, 1e-2
+    hidden, labels = torch.randn(10, 8), torch.randint(0, 50, (10,))
+    logits = head(hidden)
+    z_loss = 1e-2 * logits.logsumexp(1).square().sum()
+    smoothed = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(head(hidden, labels), smoothed + z_loss)
+    torch.testing.assert_close(head.eval()(hidden, labels), F.cross_entropy(logits, labels, reduction="sum"))
+
+
+def test_the_cap_is_of_the_logits_and_of_their_loss():
+    torch.manual_seed(0)
+    model = build_lm(False)
+    model.config.final_logit_softcapping = 2.0
+    head = replace_lm_head(model)
+    hidden, labels = 100 * torch.randn(10, 16), torch.randint(0, 24, (10,))
+    raw = F.linear(hidden, head.weight)
+    assert torch.equal(head(hidden), 2.0 * torch.tanh(raw / 2.0))
+    assert raw.abs().max() > 2.0
+    torch.testing.assert_close(head(hidden, labels), F.cross_entropy(head(hidden), labels, reduction="sum"))
 
 
 def test_without_labels_it_is_the_linear_map():
