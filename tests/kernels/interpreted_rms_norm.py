@@ -94,7 +94,7 @@ def test_permuted_leading_axes(record_property) -> None:
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_weight_gradient_over_several_tiles_per_program(has_residual, monkeypatch, record_property) -> None:
     monkeypatch.setattr(op, "MAX_PARTIAL_SUMS", 3)
-    rows = 7 * op.row_tile(123).block_rows + 5  # 8 tiles, the last one ragged, on 3 programs
+    rows = 7 * op.row_tile(123, False, "cpu").block_rows + 5  # 8 tiles, the last one ragged, on 3 programs
     _judge(*_operands((rows, 123), torch.float32, has_residual), record_property)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from trichord_kernels.errors import KernelError
 from trichord_kernels.ops.launch import as_rows, check_row_operands, on_device, stride_unit
 from trichord_kernels.reference.rms_norm import check_operands
+from trichord_kernels.tables.tile import arch_of
 
 # The backward keeps a row of h, d_out, weight and d_weight in registers: at 16384 it spills 212-416 bytes per thread
 # on sm_80, sm_90 and sm_100, and 32 warps are more than an AMD workgroup holds (`trichord bench kernels --static`).
@@ -47,14 +48,17 @@ class RowTile:
     num_warps: int
 
 
-def row_tile(hidden_size: int) -> RowTile:
-    """16 elements per thread: two 128-bit accesses per operand in half precision, without a spill at any size.
+def row_tile(hidden_size: int, is_forward: bool, arch: str) -> RowTile:
+    """Elements per thread: 16 forward, two 128-bit accesses per operand in half precision; 8 backward, where a thread
+    keeps d_weight and the weight, too: 64 registers and half the warp slots in use, against 92-126 and a quarter.
 
-    Chosen from compiled code (`trichord bench kernels --static`), not timed.
+    Chosen from compiled code (`trichord bench kernels --static`), not timed. A warp of AMD's has 64 threads and holds
+    8 per thread with the forward's count already; its workgroup takes no more than 16 of them.
     """
     block_d = triton.next_power_of_2(hidden_size)
     block_rows = max(1, 2048 // block_d)
-    return RowTile(block_rows, block_d, num_warps=max(4, block_rows * block_d // 512))
+    elements_per_warp = 512 if is_forward or arch.startswith("gfx") else 256
+    return RowTile(block_rows, block_d, num_warps=max(4, block_rows * block_d // elements_per_warp))
 
 
 @triton.jit
@@ -142,7 +146,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: fl
     """Launch the forward. Returns out and new_residual, contiguous; new_residual has 0 elements without residual."""
     _check(x, weight, residual)
     out, new_residual = _forward_outputs(x, residual)
-    tile = row_tile(x.shape[-1])
+    tile = row_tile(x.shape[-1], True, arch_of(x.device))
     x_rows, residual_rows = as_rows(x), None if residual is None else as_rows(residual)
     unit = stride_unit(x_rows, residual_rows)
     num_rows = x_rows.shape[0]
@@ -175,7 +179,7 @@ def rms_norm_backward(
     """Launch the backward. Returns dh (contiguous) and d_weight (0 elements unless `weight_grad`)."""
     _check(h, weight, grad_new_residual)
     grad_h, grad_weight = _backward_outputs(h, weight, weight_grad)
-    tile = row_tile(h.shape[-1])
+    tile = row_tile(h.shape[-1], False, arch_of(h.device))
     rows = [None if t is None else as_rows(t) for t in (grad_out, grad_new_residual, h)]
     unit = stride_unit(*rows)
     num_rows = rows[2].shape[0]

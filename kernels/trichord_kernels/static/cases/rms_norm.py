@@ -12,17 +12,18 @@ def cases(arch: str) -> list[StaticCase]:
     grid = [("bf16", "bf16", hidden_size) for hidden_size in (64, 1024, 4096, 4104, 8192)]
     grid += [("bf16", "fp32", 4096), ("fp16", "fp16", 4096), ("fp32", "fp32", 8192)]
     return [
-        make(dtype, weight_dtype, hidden_size, residual)
+        make(arch, dtype, weight_dtype, hidden_size, residual)
         for dtype, weight_dtype, hidden_size in grid
         for make in (_rms_norm_forward, _rms_norm_backward)
         for residual in (False, True)
     ]
 
 
-def _rms_norm_forward(dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
+def _rms_norm_forward(arch: str, dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
     from trichord_kernels.ops import rms_norm as op
 
     return _row_case(
+        arch,
         f"{'add_' if residual else ''}rms_norm_fwd.{hidden_size}",
         op._rms_norm_forward_kernel,
         dtype,
@@ -34,10 +35,11 @@ def _rms_norm_forward(dtype: str, weight_dtype: str, hidden_size: int, residual:
     )
 
 
-def _rms_norm_backward(dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
+def _rms_norm_backward(arch: str, dtype: str, weight_dtype: str, hidden_size: int, residual: bool) -> StaticCase:
     from trichord_kernels.ops import rms_norm as op
 
     return _row_case(
+        arch,
         f"{'add_' if residual else ''}rms_norm_bwd.{hidden_size}",
         op._rms_norm_backward_kernel,
         dtype,
@@ -50,6 +52,7 @@ def _rms_norm_backward(dtype: str, weight_dtype: str, hidden_size: int, residual
 
 
 def _row_case(
+    arch: str,
     name: str,
     kernel: Any,
     dtype: str,
@@ -63,7 +66,7 @@ def _row_case(
     from trichord_kernels.ops.launch import STRIDE_UNIT
     from trichord_kernels.ops.rms_norm import row_tile
 
-    tile = row_tile(hidden_size)
+    tile = row_tile(hidden_size, is_forward, arch)
     constexprs = {
         "D": hidden_size,
         "BLOCK_ROWS": tile.block_rows,
