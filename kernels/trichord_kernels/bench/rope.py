@@ -46,7 +46,7 @@ def _bench_backward(device: torch.device, repeats: int) -> dict:
         torch.autograd.grad(tuple(_plain_rotation(x, cos, sin) for x in normed), leaves, grads)
 
     times = median_ms(ours, plain, device, repeats)
-    return bench_row("norm_rope_fwd_bwd", q, times, num_bytes=5 * (q.nbytes + k.nbytes))
+    return bench_row("rope_norm_fwd_bwd", q, times, num_bytes=5 * (q.nbytes + k.nbytes))
 
 
 def _bench_three_axes(device: torch.device, repeats: int) -> dict:
@@ -69,7 +69,7 @@ def _bench_three_axes(device: torch.device, repeats: int) -> dict:
             device,
             repeats,
         )
-    return bench_row("norm_rope_3axes_fwd", q, times, num_bytes=2 * (q.nbytes + k.nbytes))
+    return bench_row("rope_norm_3axes_fwd", q, times, num_bytes=2 * (q.nbytes + k.nbytes))
 
 
 def _plain_cos_and_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
