@@ -15,6 +15,7 @@ from typing import Any
 
 from trichord_kernels.errors import KernelError
 from trichord_kernels.static.bars import add_small_twins, failed_bars, judged_bars
+from trichord_kernels.static.baselines import peer_rows
 from trichord_kernels.static.case import StaticCase
 from trichord_kernels.static.cases import op_cases, op_names
 from trichord_kernels.static.limits import LIMITS, occupancy
@@ -33,8 +34,8 @@ def static_report(
     """Compile each case of `ops` (default: all) for each architecture (default: all four) and judge it.
 
     Needs no GPU: 0.3 s for a row kernel, up to 20 s for a matmul, in `jobs` processes (default: the processors this
-    one may use); Triton caches what it compiled. `say` gets a line per row. Returns the JSON-able rows of `judge_case`,
-    in the order of the cases. Raises KernelError for an unknown architecture or op, or under the interpreter.
+    one may use); Triton caches what it compiled. `say` gets a line per row. Returns the JSON-able rows of `judge_case`
+    in the order of the cases, each with `peers`, the figures of other kernels that do its work (baselines.py). Raises KernelError for an unknown architecture or op, or under the interpreter.
     """
     _check_names("archs", ARCHS, archs)
     _check_names("ops", op_names(), ops)
@@ -51,7 +52,7 @@ def static_report(
         say(f"{len(rows)}/{len(tasks)} {row['kernel']} on {row['arch']}: {'; '.join(row['failures']) or 'done'}")
     ordered = [rows[task] for task in tasks]
     add_small_twins(ordered)
-    return ordered
+    return [row | {"peers": peer_rows(row)} for row in ordered]
 
 
 def judge_case(case: StaticCase, arch: str, op: str = "") -> dict[str, Any]:
