@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trichord_kernels.functional.attention import attention
+    from trichord_kernels.functional.contrastive_loss import contrastive_loss
+    from trichord_kernels.functional.fuse_modalities import fuse_modalities
     from trichord_kernels.functional.gated_cross_attention import gated_cross_attention
     from trichord_kernels.functional.linear_cross_entropy import linear_cross_entropy
     from trichord_kernels.functional.merge_embeddings import merge_embeddings
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention",
+    "contrastive_loss",
+    "fuse_modalities",
     "gated_cross_attention",
     "linear_cross_entropy",
     "log_mel",
@@ -33,6 +37,8 @@ __all__ = [
 
 _HOME = {
     "attention": "trichord_kernels.functional.attention",
+    "contrastive_loss": "trichord_kernels.functional.contrastive_loss",
+    "fuse_modalities": "trichord_kernels.functional.fuse_modalities",
     "gated_cross_attention": "trichord_kernels.functional.gated_cross_attention",
     "linear_cross_entropy": "trichord_kernels.functional.linear_cross_entropy",
     "merge_embeddings": "trichord_kernels.functional.merge_embeddings",

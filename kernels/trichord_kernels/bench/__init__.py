@@ -9,10 +9,17 @@ from collections.abc import Sequence
 
 import torch
 
-from trichord_kernels.bench import linear_cross_entropy, log_mel, merge_embeddings, rms_norm, rope
+from trichord_kernels.bench import (
+    fuse_modalities,
+    linear_cross_entropy,
+    log_mel,
+    merge_embeddings,
+    rms_norm,
+    rope,
+)
 from trichord_kernels.errors import KernelError
 
-_OPS = (rms_norm, linear_cross_entropy, merge_embeddings, rope, log_mel)
+_OPS = (rms_norm, linear_cross_entropy, fuse_modalities, merge_embeddings, rope, log_mel)
 _BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 

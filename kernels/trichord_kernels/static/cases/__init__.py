@@ -6,9 +6,16 @@ An op adds its file here in the same change that adds its kernels.
 from __future__ import annotations
 
 from trichord_kernels.static.case import StaticCase
-from trichord_kernels.static.cases import linear_cross_entropy, merge_embeddings, rms_norm, rope
+from trichord_kernels.static.cases import (
+    contrastive_loss,
+    fuse_modalities,
+    linear_cross_entropy,
+    merge_embeddings,
+    rms_norm,
+    rope,
+)
 
-_OPS = (rms_norm, linear_cross_entropy, merge_embeddings, rope)
+_OPS = (rms_norm, linear_cross_entropy, fuse_modalities, merge_embeddings, rope, contrastive_loss)
 _BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 
