@@ -35,7 +35,8 @@ def static_report(
 
     Needs no GPU: 0.3 s for a row kernel, up to 20 s for a matmul, in `jobs` processes (default: the processors this
     one may use); Triton caches what it compiled. `say` gets a line per row. Returns the JSON-able rows of `judge_case`
-    in the order of the cases, each with `peers`, the figures of other kernels that do its work (baselines.py). Raises KernelError for an unknown architecture or op, or under the interpreter.
+    in the order of the cases, each with `peers`: the figures of other kernels that do its work (baselines.py).
+    Raises KernelError for an unknown architecture or op, or under the interpreter.
     """
     _check_names("archs", ARCHS, archs)
     _check_names("ops", op_names(), ops)
