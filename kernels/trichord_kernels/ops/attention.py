@@ -29,7 +29,7 @@ from trichord_kernels.ops.attention_tiles import FAR, num_slots, split_head_dim
 from trichord_kernels.ops.launch import STRIDE_UNIT, check_row_operands, on_device
 from trichord_kernels.reference.attention import check_operands
 from trichord_kernels.reference.visibility import span_bounds
-from trichord_kernels.tables.attention import DKDV, DQ, FORWARD, tile_for
+from trichord_kernels.tables.attention import DKDV, DQ, FORWARD, edge_stages, tile_for
 from trichord_kernels.tables.tile import Tile, arch_of
 
 MAX_HEAD_DIM = 256
@@ -268,6 +268,7 @@ def _common_arguments(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "STRIDE_UNIT": unit,
+        "EDGE_STAGES": edge_stages(tile),
         "SOFTCAP": softcap is not None,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from trichord_kernels.ops.attention_tiles import (
-    EDGE_STAGES,
     INTEGERS,
     LOG2E,
     load_tile,
@@ -71,7 +70,7 @@ def _dq_step(
         v_tail = load_tile(V_ptr, v_rows, inside, H, MAIN, TAIL, MASKED)
         dp = tl.dot(grad_tail, tl.trans(v_tail), dp, input_precision="ieee")
     if SOFTCAP:
-        scores = tanh_of_half(scores * inner_scale)
+        scores = tanh_of_half(scores * inner_scale, q.dtype == tl.float32)
     ds = tl.exp2(scores * outer_scale - lse[:, None]) * (dp - delta[:, None])
     if SOFTCAP:
         ds *= 1.0 - scores * scores
@@ -124,6 +123,7 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """dq of one tile of BLOCK_M queries of one head; grid (slots, N), the longest causal tiles first.
@@ -175,20 +175,23 @@ def attention_dq_kernel(
     tl.store(Lse_log2_ptr + head * total_q + rows, lse, mask=valid)
     tl.store(Delta_ptr + head * total_q + rows, delta, mask=valid)
 
-    for i in tl.range(num_edges, num_stages=EDGE_STAGES):  # the edges on both sides of the full tiles
+    for i in tl.range(num_edges, num_stages=EDGE_STAGES, disable_licm=True):  # on both sides of the full tiles
         at = tl.where(i < num_left, i, i + num_full) * BLOCK_N
         acc, acc_tail = _dq_step(
             q, q_tail, grad, grad_tail, lse, delta, acc, acc_tail, K_ptr + at * k_row_stride, V_ptr + at * v_row_stride,
             k_rows, v_rows, at, size, begin, end, inner_scale, outer_scale,
             H, MAIN, TAIL, BLOCK_N, SOFTCAP, True,
         )  # fmt: skip
-    for i in range(num_left, num_left + num_full):
-        at = i * BLOCK_N
+    K_ptr += num_left * BLOCK_N * k_row_stride
+    V_ptr += num_left * BLOCK_N * v_row_stride
+    for _ in tl.range(num_full, disable_licm=True):
         acc, acc_tail = _dq_step(
-            q, q_tail, grad, grad_tail, lse, delta, acc, acc_tail, K_ptr + at * k_row_stride, V_ptr + at * v_row_stride,
-            k_rows, v_rows, at, size, begin, end, inner_scale, outer_scale,
+            q, q_tail, grad, grad_tail, lse, delta, acc, acc_tail, K_ptr, V_ptr,
+            k_rows, v_rows, 0, size, begin, end, inner_scale, outer_scale,
             H, MAIN, TAIL, BLOCK_N, SOFTCAP, False,
         )  # fmt: skip
+        K_ptr += BLOCK_N * k_row_stride
+        V_ptr += BLOCK_N * v_row_stride
     store_tile(Grad_q_ptr + base, out_offsets, valid, acc * grad_scale, H, 0, MAIN)
     if TAIL:
         store_tile(Grad_q_ptr + base, out_offsets, valid, acc_tail * grad_scale, H, MAIN, TAIL)
@@ -239,7 +242,7 @@ def _dkdv_step(
         else tl.load(Lse_log2_ptr + tile_rows)
     )
     if SOFTCAP:
-        scores = tanh_of_half(scores * inner_scale)
+        scores = tanh_of_half(scores * inner_scale, q.dtype == tl.float32)
     p = tl.exp2(scores * outer_scale - lse[None, :])
     if MASKED:
         seen = (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
@@ -301,6 +304,7 @@ def attention_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """dk and dv of one tile of BLOCK_N keys of one key head, over all its query heads; grid (slots, K)."""
@@ -349,7 +353,7 @@ def attention_dkdv_kernel(
     Lse_log2_ptr += first_head * total_q + low
     Delta_ptr += first_head * total_q + low
     group, tile = 0, 0
-    for _ in tl.range(groups * (num_edges), num_stages=EDGE_STAGES):  # the edges on both sides of the full tiles
+    for _ in tl.range(groups * num_edges, num_stages=EDGE_STAGES, disable_licm=True):  # on both sides of the full tiles
         at = tl.where(tile < num_left, tile, tile + num_full) * BLOCK_M
         of_row = group * wide_total + at
         dk, dk_tail, dv, dv_tail = _dkdv_step(
@@ -372,7 +376,7 @@ def attention_dkdv_kernel(
     grad_turn = grad_head_stride * STRIDE_UNIT - (num_full - 1) * grad_step
     row_turn = total_q - (num_full - 1) * BLOCK_M
     tile = 1
-    for _ in range(groups * num_full):
+    for _ in tl.range(groups * num_full, disable_licm=True):
         dk, dk_tail, dv, dv_tail = _dkdv_step(
             k, k_tail, v, v_tail, dk, dk_tail, dv, dv_tail,
             Q_ptr, Grad_out_ptr, Lse_log2_ptr, Delta_ptr, q_rows, grad_rows,

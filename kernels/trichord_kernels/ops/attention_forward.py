@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from trichord_kernels.ops.attention_tiles import (
-    EDGE_STAGES,
     INTEGERS,
     LN2,
     LOG2E,
@@ -63,7 +62,7 @@ def _attend(
         k_tail = load_tile(K_ptr, k_rows, inside, H, MAIN, TAIL, MASKED)
         scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision="ieee")
     if SOFTCAP:
-        scores = tanh_of_half(scores * inner_scale)
+        scores = tanh_of_half(scores * inner_scale, q.dtype == tl.float32)
     if MASKED:
         seen = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
         scores = tl.where(seen, scores * outer_scale, float("-inf"))
@@ -120,6 +119,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     GATE_PER_HEAD: tl.constexpr,
 ):
@@ -155,36 +155,40 @@ def attention_forward_kernel(
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for i in tl.range(num_edges, num_stages=EDGE_STAGES):  # the edges on both sides of the full tiles
+    for i in tl.range(num_edges, num_stages=EDGE_STAGES, disable_licm=True):  # on both sides of the full tiles
         at = tl.where(i < num_left, i, i + num_full) * BLOCK_N
         acc, acc_tail, row_sum, row_max = _attend(
             q, q_tail, acc, acc_tail, row_sum, row_max, K_ptr + at * k_row_stride, V_ptr + at * v_row_stride,
             k_rows, v_rows, at, size, begin, end, inner_scale, outer_scale,
             H, MAIN, TAIL, BLOCK_N, SOFTCAP, True,
         )  # fmt: skip
-    for i in range(num_left, num_left + num_full):
-        at = i * BLOCK_N
+    K_ptr += num_left * BLOCK_N * k_row_stride
+    V_ptr += num_left * BLOCK_N * v_row_stride
+    for _ in tl.range(num_full, disable_licm=True):
         acc, acc_tail, row_sum, row_max = _attend(
-            q, q_tail, acc, acc_tail, row_sum, row_max, K_ptr + at * k_row_stride, V_ptr + at * v_row_stride,
-            k_rows, v_rows, at, size, begin, end, inner_scale, outer_scale,
+            q, q_tail, acc, acc_tail, row_sum, row_max, K_ptr, V_ptr,
+            k_rows, v_rows, 0, size, begin, end, inner_scale, outer_scale,
             H, MAIN, TAIL, BLOCK_N, SOFTCAP, False,
         )  # fmt: skip
+        K_ptr += BLOCK_N * k_row_stride
+        V_ptr += BLOCK_N * v_row_stride
 
     empty = row_sum == 0.0  # the row sees nothing; a NaN among what it sees is not taken for that
     row_sum = tl.where(empty, 1.0, row_sum)
+    share = (1.0 / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
     tl.store(Lse_ptr + head * total_q + rows, lse, mask=valid)
     out_offsets = tile_offsets(BLOCK_M, num_heads, H)
     base = (first_row * num_heads.to(tl.int64) + head) * H
-    out = tl.where(empty[:, None], 0.0, acc / row_sum[:, None])
+    out = tl.where(empty[:, None], 0.0, acc * share)
     store_tile(Out_ptr + base, out_offsets, valid, out, H, 0, MAIN)
     if Gate_ptr is not None:
         gate = tl.load(Gate_ptr + head * GATE_PER_HEAD).to(tl.float32)
-        gate = tanh_of_half(gate * 2.0 * LOG2E)
+        gate = tanh_of_half(gate * 2.0 * LOG2E, True)
         hidden = load_tile(Hidden_ptr + base, out_offsets, valid, H, 0, MAIN, True)
         store_tile(Gated_ptr + base, out_offsets, valid, hidden.to(tl.float32) + gate * out, H, 0, MAIN)
     if TAIL:
-        out_tail = tl.where(empty[:, None], 0.0, acc_tail / row_sum[:, None])
+        out_tail = tl.where(empty[:, None], 0.0, acc_tail * share)
         store_tile(Out_ptr + base, out_offsets, valid, out_tail, H, MAIN, TAIL)
         if Gate_ptr is not None:
             hidden = load_tile(Hidden_ptr + base, out_offsets, valid, H, MAIN, TAIL, True)
