@@ -109,17 +109,66 @@ def logs(
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many of the last lines.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended.")] = False,
+    job: Annotated[bool, typer.Option("--job", help="Instead: what the job said of its starts and stops.")] = False,
 ) -> None:
     """The log of one rank."""
-    from trichord_launch.follow import find_run, log_file, tail
+    from trichord_launch.follow import find_run, job_log, log_file, tail
 
-    path = log_file(find_run(run), rank)
+    path = job_log(find_run(run)) if job else log_file(find_run(run), rank)
     typer.echo(f"==> {path}", err=True)
     try:
         for text in tail(path, lines, follow):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+@app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(help="Run folder, or name of a run under runs/.")],
+    now: Annotated[bool, typer.Option("--now", help="At once, without a checkpoint.")] = False,
+) -> None:
+    """Have a run save and stop, for good: it is not requeued. Running the same command again goes on with it."""
+    from trichord_launch.control import cancel as cancel_run
+    from trichord_launch.follow import find_run
+
+    typer.echo(cancel_run(find_run(run), now))
+
+
+@app.command()
+def attach(
+    run: Annotated[str, typer.Argument(help="Run folder, or name of a run under runs/.")],
+    command: Annotated[list[str] | None, typer.Argument(help="What to run there, after --. Default: a shell.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="On whose node.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
+) -> None:
+    """A shell, or a command, on the node of a rank, inside the running Slurm job."""
+    import os
+    import shlex
+
+    from trichord_launch.control import attach_command
+    from trichord_launch.follow import find_run
+
+    argv = attach_command(find_run(run), rank, command or ())
+    if dry_run:
+        typer.echo(shlex.join(argv))
+    else:
+        os.execvp(argv[0], argv)
+
+
+cluster_app = typer.Typer(help="Cluster files.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
+
+
+@cluster_app.command("new")
+def cluster_new(
+    name: Annotated[str, typer.Argument(help="Name of the cluster; the file is NAME.yaml, here.")],
+    partition: Annotated[str | None, typer.Option(help="Default: the one with the most GPUs.")] = None,
+) -> None:
+    """Draft a cluster file from what sinfo says of this cluster."""
+    from trichord_launch.cluster_draft import write_draft
+
+    typer.echo(write_draft(name, partition))
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ import yaml
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_rank_statuses, read_status
+from trichord_launch.control import job_ids, queued_jobs
+from trichord_launch.record import attempt_numbers, read_json
 from trichord_launch.supervise import is_held
 from trichord_launch.verdict import last_metrics
 
@@ -37,14 +38,15 @@ def find_run(run: str, root: Path = Path("runs")) -> Path:
 def run_status(folder: Path) -> dict[str, Any]:
     """What is known of a run, as plain data for `--json` and for `render_status`."""
     status = read_status(folder)
-    attempts = folder / "attempts"
-    numbers = sorted(int(p.name) for p in attempts.iterdir() if p.name.isdigit()) if attempts.is_dir() else []
-    verdicts = {number: _json(attempts / str(number) / "verdict.json") for number in numbers}
+    verdicts = {n: read_json(folder / "attempts" / str(n) / "verdict.json") for n in attempt_numbers(folder)}
+    known, jobs = job_ids(folder), queued_jobs(folder)
     return {
         "run": folder.name,
         "folder": str(folder),
         "status": vars(status) if status else None,
-        "launcher_alive": is_held(folder),
+        "launcher_alive": is_held(folder) or any(job.state == "RUNNING" for job in jobs),
+        "jobs": [vars(job) for job in jobs],
+        "job_ids": known,
         "total_steps": _total_steps(folder),
         "checkpoints": sorted(p.parent.name for p in (folder / "checkpoints").glob("step-*/manifest.json")),
         "last_metrics": last_metrics(folder),
@@ -58,12 +60,13 @@ def render_status(facts: dict[str, Any], now: float | None = None) -> str:
     now = time.time() if now is None else now
     status, metrics = facts["status"], facts["last_metrics"]
     lines = [f"run         {facts['run']}  ({facts['folder']})"]
+    lines += _job_lines(facts)
     if status is None:
         return "\n".join([*lines, "outcome     not started"])
     outcome = status["outcome"]
     if outcome == "running" and not facts["launcher_alive"]:
         outcome = (
-            "running, says its status, but no launcher on this machine holds it: it died, or was started otherwise"
+            "running, says its status, but no launcher here holds it and no job: it died, or was started otherwise"
         )
     reason = f": {status['reason']}" if status["reason"] else ""
     lines.append(f"outcome     {outcome}{reason}  ({_age(now - status['time'])} ago)")
@@ -77,15 +80,30 @@ def render_status(facts: dict[str, Any], now: float | None = None) -> str:
     for rank, rank_status in facts["failed_ranks"].items():
         lines.append(f"rank {rank:<6} failed at step {rank_status['step']}: {rank_status['reason']}")
     for number, verdict in facts["attempts"].items():
+        after = f" after {_age(verdict['seconds'])}" if "seconds" in verdict else ""
+        why = f"; {verdict['next']}: {verdict['why']}" if verdict.get("why") else ""
         lines.append(
-            f"attempt {number:<3} {verdict['outcome']} at step {verdict['step']} "
-            f"after {_age(verdict['seconds'])}: {verdict['reason']}"
+            f"attempt {number:<3} {verdict['outcome']} at step {verdict['step']}{after}: {verdict['reason']}{why}"
         )
     return "\n".join(lines)
 
 
+def _job_lines(facts: dict[str, Any]) -> list[str]:
+    """Where the run stands in Slurm's queue, if it was ever submitted."""
+    lines = []
+    for job in facts["jobs"]:
+        if job["state"] == "RUNNING":
+            where = f"on {job['nodes']} for {job['elapsed']}, {job['time_left']} left"
+        else:
+            where = f"({job['reason']})" + (f", expected to start {job['start']}" if job["start"] != "N/A" else "")
+        lines.append(f"job         {job['job_id']} {job['state'].lower()} {where}")
+    if not lines and facts["job_ids"]:
+        lines.append(f"job         {facts['job_ids'][0]}, not in the queue here any more")
+    return lines
+
+
 def log_file(folder: Path, rank: int) -> Path:
-    """The log of a rank: its own file, or what torchrun caught of it where the rank died before it had one.
+    """The log of a rank: its own file, or what was caught of it where the rank died before it had one.
 
     Raises:
         ConfigError: there is neither.
@@ -93,11 +111,34 @@ def log_file(folder: Path, rank: int) -> Path:
     own = folder / "logs" / f"rank-{rank:05d}.log"
     if own.is_file():
         return own
-    caught = sorted(folder.glob(f"attempts/*/torchrun/*/attempt_*/{rank}/stderr.log"), key=lambda p: p.stat().st_mtime)
+    caught = [path for number in attempt_numbers(folder) for path in _caught(folder / "attempts" / str(number), rank)]
     if caught:
-        return caught[-1]
+        return max(caught, key=lambda path: path.stat().st_mtime)
     known = sorted(path.name for path in (folder / "logs").glob("rank-*.log"))
     raise ConfigError(f"{folder} has no log of rank {rank}; there are: {', '.join(known) or 'none'}")
+
+
+def job_log(folder: Path) -> Path:
+    """What the batch process of the newest job wrote: starts, stops, decisions.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    logs = [path for path in folder.glob("submissions/*/*.log") if path.is_file()]
+    if not logs:
+        raise ConfigError(f"{folder} has no log of a job; it was not submitted, or has not started yet")
+    return max(logs, key=lambda path: path.stat().st_mtime)
+
+
+def _caught(record: Path, rank: int) -> list[Path]:
+    """What torchrun (on this machine, or on the rank's node) or srun wrote down of a rank's output in one attempt."""
+    per_node = read_json(record / "command.json").get("ranks_per_node", 1)
+    node, local = divmod(rank, per_node)
+    return [
+        *record.glob(f"torchrun/*/attempt_*/{rank}/stderr.log"),
+        *record.glob(f"torchrun/node-{node}/*/attempt_*/{local}/stderr.log"),
+        *record.glob(f"rank-{rank}.log"),
+    ]
 
 
 def tail(path: Path, lines: int, follow: bool, poll_s: float = 0.3) -> Iterator[str]:
@@ -110,14 +151,6 @@ def tail(path: Path, lines: int, follow: bool, poll_s: float = 0.3) -> Iterator[
                 yield text
             else:
                 time.sleep(poll_s)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _total_steps(folder: Path) -> int | None:

@@ -20,6 +20,7 @@ from trichord.core.status import write_atomically
 from trichord_launch import scheduler
 from trichord_launch.batch import LINKS_FILE
 from trichord_launch.command import TRAIN_ENTRY
+from trichord_launch.control import require_free
 from trichord_launch.grid import Cell, expand_grid
 from trichord_launch.job import NODE_RUNNER, RANK_RUNNER, Budget, NodeCheck, SlurmJob
 from trichord_launch.script import Script, render_script
@@ -97,6 +98,8 @@ def submit(submission: Submission) -> list[str]:
     Raises:
         ConfigError: a folder cannot be written, or Slurm refuses.
     """
+    for _, job in submission.runs:
+        require_free(job.folder)
     try:
         script = write_atomically(submission.folder / "job.sh", submission.script)
         for number, (config, job) in enumerate(submission.runs):
@@ -112,9 +115,10 @@ def submit(submission: Submission) -> list[str]:
             after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
             job_ids.append(scheduler.submit(script, after))
     finally:
-        links = json.dumps({"job_ids": job_ids, "time": time.time()}) + "\n"
-        for folder in {submission.folder, *(Path(job.submission) for _, job in submission.runs)}:
-            write_atomically(folder / LINKS_FILE, links)
+        for number, (_, job) in enumerate(submission.runs):
+            own = [f"{job_id}_{number}" for job_id in job_ids] if submission.grid else job_ids
+            links = json.dumps({"job_ids": own, "time": time.time()}) + "\n"
+            write_atomically(Path(job.submission) / LINKS_FILE, links)
     return job_ids
 
 

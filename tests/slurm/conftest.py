@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.slurm)
         item.add_marker(pytest.mark.timeout(240))
         reason = why_not() if reason is None else reason
-        if reason and not os.environ.get("TRICHORD_REQUIRE_SLURM"):
+        if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

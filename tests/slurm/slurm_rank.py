@@ -110,7 +110,9 @@ class Rank:
 def main() -> int:
     plan, step_s, folder = sys.argv[1].split(","), float(sys.argv[2]), Path(sys.argv[3]).parents[2]
     word = plan[min(current_attempt(), len(plan)) - 1]
-    print(f"rank {os.environ['RANK']} on {os.uname().nodename}: {' '.join(sys.argv[1:])}", flush=True)
+    told = f"rank {os.environ['RANK']} on {os.uname().nodename}: {' '.join(sys.argv[1:])}\n"
+    sys.stdout.write(told)
+    write_atomically(folder / "logs" / f"rank-{int(os.environ['RANK']):05d}.log", told)
     return Rank(folder, word, step_s).run()
 
 

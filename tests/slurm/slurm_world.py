@@ -111,6 +111,9 @@ class World:
         assert text in before
         self.cluster_file.write_text(before.replace(text, by))
 
+    def wait_for(self, condition: Callable[[], object], limit_s: float, what: str) -> None:
+        wait_for(condition, limit_s, what, self.tell)
+
     def wait_state(self, job_id: str, *states: str, limit_s: float = 60.0) -> dict[str, str]:
         """Until Slurm says that the job is in one of the states."""
         facts: dict[str, str] = {}

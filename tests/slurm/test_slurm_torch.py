@@ -1,0 +1,75 @@
+"""The real thing: torch, gloo, DeepSpeed on two nodes, preempted; against the same run undisturbed on this machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trichord.tracking.metrics import read_metrics
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+
+STEPS = 100
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from tiny_run import make_data
+
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def arguments(data, root) -> list[str]:
+    """The shipped tiny config on our own shards."""
+    sources = {"scans": "it", "pairs": "iat", "speech": "at"}
+    return [
+        "debug/tiny.yaml",
+        *(f"shards.sources.{name}.shards={data}/{files}-*.tar" for name, files in sources.items()),
+        f"batches.tokenizer={data}/tokenizer",
+        f"run.root={root}",
+        f"run.max_steps={STEPS}",
+        "checkpoints.save_every_steps=50",
+        "engine.zero_stage=2",
+    ]
+
+
+def losses(folder):
+    return {row["step"]: row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
+
+
+def digest(folder):
+    return json.loads((folder / f"checkpoints/step-{STEPS:06d}/manifest.json").read_text())["data_digest"]
+
+
+@pytest.mark.timeout(600)
+def test_a_preempted_run_is_the_undisturbed_one(world, data):
+    root = world.folder / "runs"
+    launch = [
+        "slurm",
+        *arguments(data, root),
+        "--cluster",
+        world.cluster_file,
+        "--nodes",
+        2,
+        "--time",
+        "20",
+        "--submit",
+    ]
+    job = world.cluster.launch(*launch).stdout.strip()
+    world.run_folder = root / "tiny"
+    world.wait_for(lambda: len(read_metrics(world.run_folder)) >= 5, 240, "five steps")
+    high = world.cluster.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "sleep 1").strip()
+    world.wait_state(high, "COMPLETED", limit_s=60)
+    facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=240)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
+    assert world.attempts() == [("stopped", "requeue"), ("finished", "leave")]
+
+    command = [sys.executable, "-m", "trichord_launch.cli", "local", *arguments(data, root), "--procs", "4"]
+    done = subprocess.run([*command, "run.name=undisturbed"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert digest(world.run_folder) == digest(root / "undisturbed")
+    assert losses(world.run_folder) == pytest.approx(losses(root / "undisturbed"), rel=1e-6)
+    differing = [s for s, loss in losses(world.run_folder).items() if loss != losses(root / "undisturbed")[s]]
+    print(f"losses differ at {len(differing)} of {STEPS} steps")
