@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, through_op
 
-if HAS_TRITON and find_spec("trichord_kernels.ops.gated_cross_attention"):
+if HAS_TRITON:
     from trichord_kernels.ops import gated_cross_attention as op
 
 
