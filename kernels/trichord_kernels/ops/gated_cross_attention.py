@@ -29,6 +29,7 @@ from trichord_kernels.ops.attention import (
 )
 from trichord_kernels.ops.attention_tiles import INTEGERS, LOG2E, tanh_of_half
 from trichord_kernels.ops.launch import on_device
+from trichord_kernels.ops.reference_gradients import reference_gradients
 from trichord_kernels.reference.attention import check_operands
 from trichord_kernels.reference.gated_cross_attention import check_gate
 
@@ -136,20 +137,22 @@ def _reference_backward(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert mask.cu_seqlens_k is not None
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v, gate)]
-        out = reference.gated_cross_attention(
+    cu_seqlens_k = mask.cu_seqlens_k
+    assert cu_seqlens_k is not None
+
+    def gated(*leaves: Tensor) -> Tensor:
+        return reference.gated_cross_attention(
             torch.zeros_like(grad_out),
             *leaves,
             mask.cu_seqlens_q,
-            mask.cu_seqlens_k,
+            cu_seqlens_k,
             causal=mask.causal,
             softcap=softcap,
             scale=scale,
             seqused_k=mask.seqused_k,
         )
-    return tuple(grad.contiguous() for grad in torch.autograd.grad(out, leaves, grad_out))  # pyright: ignore
+
+    return reference_gradients(gated, (q, k, v, gate), grad_out)  # pyright: ignore[reportReturnType]
 
 
 def _gate_backward(grad_out: Tensor, attended: Tensor, lse: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
