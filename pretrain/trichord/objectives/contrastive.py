@@ -11,12 +11,13 @@ E embedding size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trichord.objectives.config import ContrastiveConfig, Pair
+from trichord_kernels import contrastive_loss
 
 MODALITIES = ("image", "audio", "text")
 
@@ -57,39 +58,51 @@ def rows_loss(
     """Sum of the losses of this rank's rows against all candidates, both directions, before division by the count.
 
     A slot that lacks either modality of the pair is neither row nor candidate. Candidates with the row's group are all
-    positives. `infonce`: -1/|P| sum over positives of log softmax (supervised contrastive, Khosla et al. 2020, eq. 2),
-    half of each direction. `sigmoid`: -sum over candidates of log sigmoid(z (s x.y + b)), z = +1 for positives and -1
-    otherwise (SigLIP, Zhai et al. 2023, eq. 1); one direction covers all pairs.
+    positives. The losses are those of `trichord_kernels.contrastive_loss`, which never holds the R x C logits:
+    `infonce` is half of each direction, `sigmoid` covers all pairs in one.
 
     Returns:
         () fp32; exactly 0 where no row has both modalities.
     """
+    slots = _pair_slots(rows, candidates, pair)
+    losses = [
+        weight
+        * contrastive_loss(
+            rows.features[query],
+            candidates.features[target],
+            logit_scale,
+            logit_bias,
+            kind=kind,
+            symmetric=False,
+            **slots,
+        )
+        for weight, query, target in _directions(kind, pair)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _directions(kind: str, pair: Pair) -> list[tuple[float, str, str]]:
+    """(weight, modality of the rows, modality of the candidates) of each direction of a pair."""
     query, target = pair_modalities(pair)
-    row_valid = rows.present[query] & rows.present[target]
-    valid = candidates.present[query] & candidates.present[target]
-    positive = (rows.group_ids[:, None] == candidates.group_ids[None, :]) & valid[None, :]
-    forward_logits = logit_scale * rows.features[query] @ candidates.features[target].T
-    if kind == "sigmoid":
-        return _sigmoid_rows(forward_logits + logit_bias, positive, valid, row_valid)
-    backward_logits = logit_scale * rows.features[target] @ candidates.features[query].T
-    return 0.5 * (
-        _infonce_rows(forward_logits, positive, valid, row_valid)
-        + _infonce_rows(backward_logits, positive, valid, row_valid)
-    )
+    return [(1.0, query, target)] if kind == "sigmoid" else [(0.5, query, target), (0.5, target, query)]
 
 
-def _infonce_rows(logits: Tensor, positive: Tensor, valid: Tensor, row_valid: Tensor) -> Tensor:
-    # A finite floor instead of -inf: a row without any candidate must give 0, not NaN, also in its gradient.
-    masked = logits.masked_fill(~valid[None, :], torch.finfo(logits.dtype).min / 2)
-    log_prob = F.log_softmax(masked, dim=1)
-    row_loss = -(log_prob * positive).sum(1) / positive.sum(1).clamp(min=1)
-    return (row_loss * row_valid).sum()
+class _PairSlots(TypedDict):
+    query_groups: Tensor
+    target_groups: Tensor
+    query_valid: Tensor
+    target_valid: Tensor
 
 
-def _sigmoid_rows(logits: Tensor, positive: Tensor, valid: Tensor, row_valid: Tensor) -> Tensor:
-    sign = positive.to(logits.dtype) * 2 - 1
-    losses = -F.logsigmoid(sign * logits) * valid[None, :]
-    return (losses.sum(1) * row_valid).sum()
+def _pair_slots(rows: FeatureTable, candidates: FeatureTable, pair: Pair) -> _PairSlots:
+    """Groups of rows and candidates, and which have both modalities."""
+    query, target = pair_modalities(pair)
+    return {
+        "query_groups": rows.group_ids,
+        "target_groups": candidates.group_ids,
+        "query_valid": rows.present[query] & rows.present[target],
+        "target_valid": candidates.present[query] & candidates.present[target],
+    }
 
 
 @dataclass(frozen=True)
@@ -119,24 +132,32 @@ def contrastive_gradients(
     so the first return value, modality -> (C, E), still has to be summed over ranks before the own slots are taken;
     the `features` of the second hold the part that came through the rows and is complete.
     """
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in candidates.features.items()}
-    own = {name: tensor.detach().requires_grad_() for name, tensor in rows.features.items()}
-    scale, bias = (tensor.detach().float().requires_grad_() for tensor in (logit_scale, logit_bias))
-    row_table = FeatureTable(own, rows.present, rows.group_ids)
-    all_table = FeatureTable(leaves, candidates.present, candidates.group_ids)
-    with torch.enable_grad():
-        losses = {
-            pair: rows_loss(config.kind, row_table, all_table, pair, scale, bias)
-            / pair_count(candidates, pair).clamp(min=1)
-            for pair in config.pairs
-        }
-        total = torch.stack(list(losses.values())).sum() * (config.weight / len(config.pairs))
-    inputs = [*leaves.values(), *own.values(), scale, bias]
-    grads = torch.autograd.grad(total, inputs, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
-    split = len(leaves)
-    candidate_grads = dict(zip(leaves, grads[:split]))
-    own_grads = dict(zip(own, grads[split:-2]))
-    return candidate_grads, ContrastiveGradients(
-        own_grads, grads[-2], grads[-1], {pair: loss.detach() for pair, loss in losses.items()}
+    scale, bias = (tensor.detach().float() for tensor in (logit_scale, logit_bias))
+    candidate_grads = {name: torch.zeros_like(tensor) for name, tensor in candidates.features.items()}
+    mine = ContrastiveGradients(
+        {name: torch.zeros_like(tensor) for name, tensor in rows.features.items()},
+        torch.zeros_like(scale),
+        torch.zeros_like(bias),
+        {pair: torch.zeros((), device=scale.device) for pair in config.pairs},
     )
+    for pair in config.pairs:
+        slots = _pair_slots(rows, candidates, pair)
+        count = pair_count(candidates, pair).clamp(min=1)
+        for weight, query, target in _directions(config.kind, pair):
+            loss, grads = contrastive_loss(
+                rows.features[query],
+                candidates.features[target],
+                scale,
+                bias,
+                kind=config.kind,
+                symmetric=False,
+                **slots,
+                return_gradients=True,
+            )
+            share = config.weight / len(config.pairs) * weight / count
+            mine.losses[pair] += loss * weight / count
+            mine.features[query] += grads.queries * share
+            candidate_grads[target] += grads.targets * share
+            mine.logit_scale.add_(grads.logit_scale * share)
+            mine.logit_bias.add_(grads.logit_bias * share)
+    return candidate_grads, mine
