@@ -107,16 +107,16 @@ def judge_call(function: Callable, call: Call, grads: list[Tensor]) -> tuple[dic
 
 
 def _sum_floors(call: Call, grads: list[Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """What adding up the long sums in another order may cost: of the weights, the norm's weight and bias, the gates."""
-    floors = {}
+    """What rounding and order of the long sums' terms may cost: of weights, the norm's weight and bias, gates."""
+    floors, grad_z = {}, grads[0].abs()
     if call.get("norm"):
         h = exact["new_residual"] if "residual" in call else reference.fuse_modalities(**_without_norm(call))
         one = torch.ones_like(call["norm_weight"])
         normed = reference.fuse_modalities([h], norm=call["norm"], norm_weight=one, eps=call["eps"])
         floors = {"grad_norm_weight": sum_floor(grads[0] * normed), "grad_norm_bias": sum_floor(grads[0])}
-    grad_z = exact.get("grad_attended", exact.get("grad_residual"))
-    if grad_z is None:
-        return floors
+        grad_z = _grad_z_size(call, h, normed, grads[0] * call["norm_weight"])
+    if "residual" in call:
+        grad_z = grad_z + grads[1].abs()
     for i, x in enumerate(call["inputs"]):
         terms = grad_z * torch.nan_to_num(x)
         if "weights" in call:
@@ -125,6 +125,14 @@ def _sum_floors(call: Call, grads: list[Tensor], exact: dict[str, Tensor]) -> di
         elif "gate_logits" in call:
             floors["grad_gate_logits"] = max(floors.get("grad_gate_logits", 0.0), sum_floor(terms.t()))
     return floors
+
+
+def _grad_z_size(call: Call, h: Tensor, normed: Tensor, g: Tensor) -> Tensor:
+    """The sizes of d_z's terms added up, rstd * (g - n * mean(g * n) - mean(g)): they cancel; their rounding stays."""
+    centred = h - h.mean(1, keepdim=True) if call["norm"] == "layer" else h
+    rstd = (centred.square().mean(1, keepdim=True) + call["eps"]).rsqrt()
+    mean = g.mean(1, keepdim=True).abs() if call["norm"] == "layer" else 0.0
+    return rstd * (g.abs() + normed.abs() * (g * normed).mean(1, keepdim=True).abs() + mean)
 
 
 def _without_norm(call: Call) -> Call:

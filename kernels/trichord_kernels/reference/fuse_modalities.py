@@ -64,19 +64,21 @@ def _mix(
 ) -> Tensor:
     """z (T, D) in float32, or float64 where the inputs are."""
     wide = torch.promote_types(inputs[0].dtype, torch.float32)
-    gates = None
+    factors = None
     if gate_logits is not None:
         gates, present = _gates(gate_logits.to(wide), present)
+        factors = [gate[:, None] for gate in gates.unbind(1)]
+    elif weights is not None:
+        factors = [weight.to(wide) for weight in weights]
     z = None if attended is None else attended.to(wide)
     for i, x in enumerate(inputs):
-        term = x.to(wide)
+        x = x.to(wide)
         if present is not None:
-            term = torch.where(present[:, i, None], term, 0.0)
-        if gates is not None:
-            term = term * gates[:, i, None]
-        elif weights is not None:
-            term = term * weights[i].to(wide)
-        z = term if z is None else z + term
+            x = torch.where(present[:, i, None], x, 0.0)
+        if factors is None:
+            z = x if z is None else z + x
+        else:
+            z = x * factors[i] if z is None else torch.addcmul(z, x, factors[i])
     assert z is not None  # there is at least one input
     return z
 

@@ -17,12 +17,12 @@ _MAX_REGISTERS_X_WIDTH = 3 * 8192
 
 def row_tile(arch: str, width: int) -> Tile:
     block_d = 1 << (width - 1).bit_length()
-    block_rows = max(1, (128 if arch == "cpu" else 1024) // block_d)
+    block_rows = max(1, 1024 // block_d)
     return Tile(block_rows, block_d, max(2, block_rows * block_d // 512), 1, _ROW_SOURCE)
 
 
 def weights_tile(arch: str) -> Tile:
-    return Tile(4, 32, 4, 1, "interpreter") if arch == "cpu" else Tile(2, 512, 4, 1, _WEIGHTS_SOURCE)
+    return Tile(16, 32, 4, 1, "interpreter") if arch == "cpu" else Tile(2, 512, 4, 1, _WEIGHTS_SOURCE)
 
 
 def sums_fit_registers(width: int, num_sums: int, num_kept: int, item_bytes: int) -> bool:
