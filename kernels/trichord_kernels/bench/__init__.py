@@ -11,6 +11,7 @@ import torch
 
 from trichord_kernels.bench import (
     attention,
+    contrastive_loss,
     fuse_modalities,
     linear_cross_entropy,
     log_mel,
@@ -20,7 +21,7 @@ from trichord_kernels.bench import (
 )
 from trichord_kernels.errors import KernelError
 
-_OPS = (rms_norm, attention, linear_cross_entropy, fuse_modalities, merge_embeddings, rope, log_mel)
+_OPS = (rms_norm, attention, linear_cross_entropy, contrastive_loss, fuse_modalities, merge_embeddings, rope, log_mel)
 _BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 

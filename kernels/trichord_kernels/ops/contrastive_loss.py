@@ -233,4 +233,4 @@ def contrastive_loss(
             torch.ones_like(loss), *operands, *ids, *stats, kind, symmetric, want_queries=True, want_targets=True
         )
     dq, dt, d_scale, d_bias = grads
-    return loss, ContrastiveGradients(dq, dt, d_scale, None if logit_bias is None else d_bias)
+    return loss, ContrastiveGradients.of(dq, dt, d_scale, None if logit_bias is None else d_bias)

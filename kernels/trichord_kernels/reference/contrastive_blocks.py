@@ -20,6 +20,7 @@ Shapes: R rows (x), C candidates (y), E features. Accumulation: float32, float64
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,11 +75,12 @@ def statistics(pairing: Pairing, columns: bool = False) -> tuple[Tensor, Tensor]
     p = pairing.widened()
     row_stats = empty_statistics(p.x, p.kind)
     column_stats = empty_statistics(p.y if columns else p.y[:0], "infonce")
-    for rows, logits, positive in _blocks(p):
-        row_stats[:, rows] = _row_statistics(logits, positive, p.kind)
-        if columns:
-            found = _block_statistics(logits, positive, dim=0)
-            column_stats = merge_statistics(torch.stack([column_stats, found]))
+    with _in_full_precision(p):
+        for rows, logits, positive in _blocks(p):
+            row_stats[:, rows] = _row_statistics(logits, positive, p.kind)
+            if columns:
+                found = _block_statistics(logits, positive, dim=0)
+                column_stats = merge_statistics(torch.stack([column_stats, found]))
     return row_stats, column_stats
 
 
@@ -140,14 +142,15 @@ def gradients(
     p = pairing.widened()
     dx, dy = torch.zeros_like(p.x), torch.zeros_like(p.y) if want_y else None
     d_bias = p.x.new_zeros(())
-    for rows, logits, positive in _blocks(p):
-        own = x_part(rows, logits, positive) if callable(x_part) else None if x_part is None else x_part[:, rows]
-        grad = _logit_gradient(logits, positive, own, y_part, p.kind)
-        if p.kind == "sigmoid":
-            d_bias += grad.sum()
-        torch.mm(grad, p.y, out=dx[rows])
-        if dy is not None:
-            dy.addmm_(grad.T, p.x[rows])
+    with _in_full_precision(p):
+        for rows, logits, positive in _blocks(p):
+            own = x_part(rows, logits, positive) if callable(x_part) else None if x_part is None else x_part[:, rows]
+            grad = _logit_gradient(logits, positive, own, y_part, p.kind)
+            if p.kind == "sigmoid":
+                d_bias += grad.sum()
+            torch.mm(grad, p.y, out=dx[rows])
+            if dy is not None:
+                dy.addmm_(grad.T, p.x[rows])
     d_scale = (dx * p.x).sum()  # sum_ij grad_ij * x_i . y_j without another pass over the blocks
     return SideGradients(dx.mul_(p.scale), None if dy is None else dy.mul_(p.scale), d_scale, d_bias)
 
@@ -163,6 +166,12 @@ def loss_and_gradients(pairing: Pairing) -> tuple[Tensor, SideGradients]:
 
     grads = gradients(pairing, part_of_block, None)
     return torch.stack(losses).sum(), grads
+
+
+def _in_full_precision(p: Pairing) -> AbstractContextManager:
+    """Autocast would make the products of a block in half precision."""
+    is_on = torch.is_autocast_enabled(p.x.device.type)
+    return torch.autocast(p.x.device.type, enabled=False) if is_on else nullcontext()
 
 
 def _blocks(p: Pairing) -> Iterator[tuple[slice, Tensor, Tensor]]:

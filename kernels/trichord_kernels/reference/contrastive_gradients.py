@@ -14,13 +14,20 @@ class ContrastiveGradients:
     """Gradients of the loss (with a process group: of the sum of all ranks' losses).
 
     queries (R, E), targets (C, E): by this rank's own features, in their dtype; logit_scale, logit_bias: in the shape
-    and dtype of the scalars, whole (summed over ranks), logit_bias None where none was given.
+    and dtype of the scalars, whole (summed over ranks); logit_bias () 0 where none was given.
     """
 
     queries: Tensor
     targets: Tensor
     logit_scale: Tensor
-    logit_bias: Tensor | None
+    logit_bias: Tensor
+
+    @classmethod
+    def of(
+        cls, queries: Tensor, targets: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
+    ) -> ContrastiveGradients:
+        """From what `as_given` returns."""
+        return cls(queries, targets, logit_scale, logit_scale.new_zeros(()) if logit_bias is None else logit_bias)
 
 
 def pair(

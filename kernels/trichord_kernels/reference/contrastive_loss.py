@@ -157,6 +157,6 @@ def _loss_and_gradients(
         loss, query_stats, target_stats = forward_blocks(*operands, *slots, kind, symmetric)
         one = torch.ones_like(loss)
         grads = backward_blocks(one, *operands, *slots, query_stats, target_stats, kind, symmetric)
-        return loss, ContrastiveGradients(*grads)
+        return loss, ContrastiveGradients.of(*grads)
     loss, found = blocks.loss_and_gradients(pair(*operands, query_ids, target_ids, kind))
-    return loss, ContrastiveGradients(*as_given(found, torch.ones_like(loss), *operands))
+    return loss, ContrastiveGradients.of(*as_given(found, torch.ones_like(loss), *operands))

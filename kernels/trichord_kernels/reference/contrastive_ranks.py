@@ -94,7 +94,7 @@ def loss_over_ranks(
         grads = _backward(everyone, torch.ones_like(loss), *operands, *ids, *saved)
         scalars = everyone.gather(torch.stack([grads.scale, grads.bias])[None]).sum(dim=0)
         whole = SideGradients(grads.x, grads.y, *scalars)
-        return loss, ContrastiveGradients(*as_given(whole, torch.ones_like(loss), *operands))
+        return loss, ContrastiveGradients.of(*as_given(whole, torch.ones_like(loss), *operands))
 
 
 class _RanksLoss(torch.autograd.Function):
