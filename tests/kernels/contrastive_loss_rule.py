@@ -34,8 +34,8 @@ def dense_loss(
     target_valid: Tensor | None = None,
 ) -> Tensor:
     """The loss from all logits at once, valid slots picked out first."""
-    query_ids = torch.arange(len(queries)) if query_groups is None else query_groups
-    target_ids = torch.arange(len(targets)) if target_groups is None else target_groups
+    query_ids = torch.arange(len(queries), device=queries.device) if query_groups is None else query_groups
+    target_ids = torch.arange(len(targets), device=queries.device) if target_groups is None else target_groups
     if query_valid is not None:
         queries, query_ids = queries[query_valid], query_ids[query_valid]
     if target_valid is not None:
@@ -109,8 +109,8 @@ def floors(wide: dict[str, Tensor], **options: Any) -> dict[str, float]:
     products = queries @ targets.T
     leaf = (wide["logit_scale"] * products).requires_grad_()
     # The gradient by each logit: the dense loss of features whose products are these logits.
-    eye = torch.eye(len(targets), dtype=torch.float64)
-    loss = dense_loss(leaf, eye, torch.ones(()), wide["logit_bias"], **options)
+    eye = torch.eye(len(targets), dtype=torch.float64, device=leaf.device)
+    loss = dense_loss(leaf, eye, torch.ones((), device=leaf.device), wide["logit_bias"], **options)
     loss.backward()
     terms = 1.7 * leaf.grad.flatten()
     return {
