@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,8 +105,8 @@ def _cancel_here(folder: Path, now: bool) -> str:
         raise ConfigError(f"run {folder.name} is held by a launcher on {host}; cancel it there")
     try:
         os.kill(pid, signal.SIGTERM)
-        if now:  # pressed twice, as it were
-            os.kill(pid, signal.SIGINT)
+        for _ in range(2 if now else 0):  # Ctrl-C twice, as it were; two at one moment would count as one
+            time.sleep(0.3)
             os.kill(pid, signal.SIGINT)
     except OSError as error:
         raise TrichordError(f"process {pid} cannot be signalled: {error.strerror}") from error

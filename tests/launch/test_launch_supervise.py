@@ -12,6 +12,7 @@ import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
+from trichord_launch.control import cancel
 from trichord_launch.record import next_attempt
 from trichord_launch.supervise import is_held, run_lock
 
@@ -201,3 +202,13 @@ def test_attempts_count_on(tmp_path):
     for name in ("1", "2", "10", "notes"):
         (tmp_path / "attempts" / name).mkdir(parents=True)
     assert next_attempt(tmp_path) == 11
+
+
+@pytest.mark.parametrize(("plan", "now", "code"), [("wait", False, 75), ("deaf", True, 128 + signal.SIGTERM)])
+def test_a_run_is_cancelled_from_another_terminal(launch, plan, now, code):
+    run = launch(plan)
+    run.ready()
+    assert f"process {run.process.pid} " in cancel(run.folder, now)
+    assert run.wait() == code, run.said
+    with pytest.raises(ConfigError, match="nothing of run"):
+        cancel(run.folder)

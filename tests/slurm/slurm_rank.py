@@ -24,7 +24,7 @@ from trichord.core.status import Status, current_attempt, write_atomically, writ
 
 TOTAL_STEPS = 60
 SAVE_EVERY = 10
-PEER_TIMEOUT_S = 6.0
+PEER_TIMEOUT_S = 4.0
 
 
 def digest_of(steps: int) -> str:

@@ -28,8 +28,17 @@ def test_a_run_that_finishes(world):
 def test_preempted_saved_at_one_step_requeued_and_finished(world):
     job = world.submit(step_s=0.2)
     world.wait_step(12)
-    high = world.cluster.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "sleep 3").strip()
-    world.wait_state(high, "COMPLETED", limit_s=60)
+    world.preempt()
+    facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=90)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
+    check_stopped_once_and_finished(world)
+
+
+def test_a_stop_that_only_the_ranks_were_told_is_requeued_too(world):
+    """Where Slurm does not signal the batch process at preemption, its SIGTERM reaches the ranks alone."""
+    job = world.submit(step_s=0.2)
+    world.wait_step(12)
+    world.cluster.run("scancel", "--signal=TERM", job)
     facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=90)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
     check_stopped_once_and_finished(world)

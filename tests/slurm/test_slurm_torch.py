@@ -60,8 +60,7 @@ def test_a_preempted_run_is_the_undisturbed_one(world, data):
     job = world.cluster.launch(*launch).stdout.strip()
     world.run_folder = root / "tiny"
     world.wait_for(lambda: len(read_metrics(world.run_folder)) >= 5, 240, "five steps")
-    high = world.cluster.run("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "sleep 1").strip()
-    world.wait_state(high, "COMPLETED", limit_s=60)
+    world.preempt()
     facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=240)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
     assert world.attempts() == [("stopped", "requeue"), ("finished", "leave")]
