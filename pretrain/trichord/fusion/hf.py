@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -37,8 +36,7 @@ from trichord.fusion.prompt import (
     prompt_positions,
 )
 from trichord.fusion.splice import splice
-
-_IGNORED_LABEL = -100
+from trichord.layers.loss import next_token_loss
 
 
 class TrichordPreTrainedModel(PreTrainedModel):
@@ -155,7 +153,8 @@ class TrichordForConditionalGeneration(TrichordPreTrainedModel, GenerationMixin)
         input_ids (B, L); attention_mask (B, past + L), 0 at padding; position_ids (3, B, L) or (B, L), None: derived,
         which needs all tokens at once; pixel_values (I, 3, S, S) uint8 and waveforms (A, N) int16 with
         waveform_lengths (A,), row by row in order; labels (B, L) aligned with input_ids, -100 ignored.
-        Returns logits (B, L, V), with `logits_to_keep` only the last so many; loss is the mean over labels.
+        Returns logits (B, L, V), with `logits_to_keep` only the last so many, and in training with labels none; loss is
+        the mean over labels.
         """
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
@@ -171,11 +170,10 @@ class TrichordForConditionalGeneration(TrichordPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.model.trunk.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL).flatten()
-            loss = F.cross_entropy(logits.float().flatten(0, 1), shifted, ignore_index=_IGNORED_LABEL)
+        head, hidden = self.model.trunk.lm_head, out.last_hidden_state
+        loss = None if labels is None else next_token_loss(head, hidden, labels)
+        # In training nobody reads the logits, and all of them at once are most of the memory of a step.
+        logits = None if self.training and labels is not None else head(hidden[:, -logits_to_keep:])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def prepare_prompts(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from trichord_kernels import linear_cross_entropy
 
+_IGNORE_INDEX = -100
+
 
 class LMHead(nn.Linear):
     """A linear map to the vocabulary. With labels it returns the summed loss instead of logits.
@@ -53,3 +55,22 @@ def replace_lm_head(model: Any) -> LMHead:
     head.softcap = getattr(model.config, "final_logit_softcapping", None)
     model.lm_head = head
     return head
+
+
+def next_token_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the next token, as transformers' `ForCausalLMLoss`: the mean over labelled tokens, or the sum
+    divided by `num_items` where a trainer gives the count of all its micro-batches. hidden (B, L, D), labels (B, L).
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:]
+    targets = shift_labels.flatten().to(hidden.device)
+    total = head(hidden.flatten(0, -2), targets)
+    if num_items is None:
+        num_items = (targets != _IGNORE_INDEX).sum().clamp(min=1)
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trichord.core.errors import ConfigError
 from trichord.layers.attention import NAME, register_attention
 from trichord.layers.decoder import fuse_layer
-from trichord.layers.loss import replace_lm_head
+from trichord.layers.loss import next_token_loss, replace_lm_head
 from trichord.layers.norm import replace_rms_norms
 from trichord.layers.rope import Rotary, replace_rotary
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-_IGNORE_INDEX = -100
 
 
 def swap_kernels(model: Any) -> Any:
@@ -84,23 +82,8 @@ def _forward(
     shift_labels = kwargs.pop("shift_labels", None)
     return_dict = kwargs.pop("return_dict", None)
     out = self.model(**inputs, **kwargs)
-    loss = _token_loss(self.lm_head, out.last_hidden_state, labels, shift_labels, num_items)
+    loss = next_token_loss(self.lm_head, out.last_hidden_state, labels, shift_labels, num_items)
     result = CausalLMOutputWithPast(
         loss=loss, past_key_values=out.past_key_values, hidden_states=out.hidden_states, attentions=out.attentions
     )
     return result.to_tuple() if return_dict is False else result
-
-
-def _token_loss(
-    head: nn.Module, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, num_items: int | Tensor | None
-) -> Tensor:
-    """Cross-entropy of the next token, as transformers' `ForCausalLMLoss`: the mean over labelled tokens, or the sum
-    divided by `num_items` where a trainer gives the count of all its micro-batches. hidden (B, L, D), labels (B, L).
-    """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=_IGNORE_INDEX)[..., 1:]
-    targets = shift_labels.flatten().to(hidden.device)
-    total = head(hidden.flatten(0, -2), targets)
-    if num_items is None:
-        num_items = (targets != _IGNORE_INDEX).sum().clamp(min=1)
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

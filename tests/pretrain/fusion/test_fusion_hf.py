@@ -96,9 +96,15 @@ def test_loss_is_the_mean_over_labels(wrapped):
     inputs = prompts(wrapped, ITEMS[:1])
     inputs["input_ids"] = batch.input_ids[None]
     inputs.pop("attention_mask")
-    loss = wrapped(**inputs, labels=labels[None]).loss
+    out = wrapped(**inputs, labels=labels[None])
     expected = wrapped.model(batch).next_token_loss_sum / batch.num_labels
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=0)
+    wrapped.train()
+    in_training = wrapped(**inputs, labels=labels[None])
+    wrapped.eval()
+    torch.testing.assert_close(in_training.loss, out.loss, rtol=1e-6, atol=0)
+    assert out.logits.shape[:2] == inputs["input_ids"].shape
+    assert in_training.logits is None, "nobody reads them, and they are most of the memory of a step"
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
