@@ -27,6 +27,7 @@ from trichord_kernels.ops.attention_backward import attention_dkdv_kernel, atten
 from trichord_kernels.ops.attention_forward import attention_forward_kernel
 from trichord_kernels.ops.attention_tiles import FAR, num_slots, split_head_dim
 from trichord_kernels.ops.launch import STRIDE_UNIT, check_row_operands, on_device
+from trichord_kernels.ops.reference_gradients import reference_gradients
 from trichord_kernels.reference.attention import check_operands
 from trichord_kernels.reference.visibility import span_bounds
 from trichord_kernels.tables.attention import DKDV, DQ, FORWARD, edge_stages, tile_for
@@ -112,11 +113,9 @@ def attention_backward(
     """Launch the backward. Returns dq, dk and dv, contiguous, in the inputs' dtype."""
     mask = MaskOperands(cu_seqlens_q, cu_seqlens_k, span_begins, span_ends, seqused_k, causal, window)
     if choose_backend(q.device) == "reference":
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-            recomputed = reference_attention(*leaves, mask, softcap, scale, return_lse=False)[0]
-        grads = torch.autograd.grad(recomputed, leaves, grad_out)
-        return tuple(grad.contiguous() for grad in grads)  # pyright: ignore[reportReturnType]
+        return reference_gradients(  # pyright: ignore[reportReturnType]
+            lambda *leaves: reference_attention(*leaves, mask, softcap, scale, return_lse=False)[0], (q, k, v), grad_out
+        )
     grads = backward_outputs(q, k, v)
     launch_backward(grad_out, q, k, v, out, lse, grads, mask, softcap, scale)
     return grads
@@ -187,16 +186,17 @@ def launch_backward(
     softcap: float | None,
     scale: float,
 ) -> None:
-    """Fill dq, dk and dv (`grads`). The dq kernel runs first: it leaves lse and delta as the other one reads them."""
+    """Fill dq, dk and dv (`grads`). The dq kernel runs first: it leaves delta for the other one."""
     check_kernel_operands(q, k, v, mask, scale)
     (q, k, v, grad_out), unit = _aligned(q, k, v, grad_out)
-    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
     shared = {
         "Q_ptr": q,
         "K_ptr": k,
         "V_ptr": v,
         "Grad_out_ptr": grad_out,
-        "Lse_log2_ptr": lse_log2,
+        "Lse_ptr": lse,
         "Delta_ptr": delta,
     }
     shared |= {"grad_row_stride": grad_out.stride(0) // unit, "grad_head_stride": grad_out.stride(1) // unit}
@@ -205,7 +205,7 @@ def launch_backward(
     with on_device("attention", attention_dq_kernel, q):
         if q.numel():
             attention_dq_kernel[(_query_slots(q, mask, dq_tile), q.shape[1])](
-                **{"Out_ptr": out.contiguous(), "Lse_ptr": lse.contiguous(), "Grad_q_ptr": grads[0]},
+                **{"Out_ptr": out.contiguous(), "Grad_q_ptr": grads[0]},
                 **shared,
                 **_common_arguments(q, k, v, unit, mask, softcap, scale, dq_tile),
             )

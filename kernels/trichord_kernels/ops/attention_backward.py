@@ -92,7 +92,6 @@ def attention_dq_kernel(
     Out_ptr,
     Grad_out_ptr,
     Lse_ptr,
-    Lse_log2_ptr,
     Delta_ptr,
     Grad_q_ptr,
     Cu_q_ptr,
@@ -128,7 +127,7 @@ def attention_dq_kernel(
 ):
     """dq of one tile of BLOCK_M queries of one head; grid (slots, N), the longest causal tiles first.
 
-    Leaves lse in log-2 units and delta, both (N, T) float32, for the other kernel.
+    Leaves delta, (N, T) float32, for the other kernel.
     """
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
     segment, q_begin, q_end, first_row = locate_tile(slot, Cu_q_ptr, num_segments, total_q, BLOCK_M)
@@ -172,7 +171,6 @@ def attention_dq_kernel(
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     lse = tl.load(Lse_ptr + head * total_q + rows, mask=valid, other=float("inf")) * LOG2E
     delta = tl.where(lse == float("-inf"), 0.0, delta)  # a row that sees nothing, whatever its gradient holds
-    tl.store(Lse_log2_ptr + head * total_q + rows, lse, mask=valid)
     tl.store(Delta_ptr + head * total_q + rows, delta, mask=valid)
 
     for i in tl.range(num_edges, num_stages=EDGE_STAGES, disable_licm=True):  # on both sides of the full tiles
@@ -209,7 +207,7 @@ def _dkdv_step(
     dv_tail,
     Q_ptr,
     Grad_out_ptr,
-    Lse_log2_ptr,
+    Lse_ptr,
     Delta_ptr,
     q_rows,
     grad_rows,
@@ -236,14 +234,10 @@ def _dkdv_step(
     if TAIL:
         q_tail = load_tile(Q_ptr, q_rows, inside, H, MAIN, TAIL, MASKED)
         scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision="ieee")
-    lse = (
-        tl.load(Lse_log2_ptr + tile_rows, mask=inside, other=float("inf"))
-        if MASKED
-        else tl.load(Lse_log2_ptr + tile_rows)
-    )
+    lse = tl.load(Lse_ptr + tile_rows, mask=inside, other=float("inf")) if MASKED else tl.load(Lse_ptr + tile_rows)
     if SOFTCAP:
         scores = tanh_of_half(scores * inner_scale, q.dtype == tl.float32)
-    p = tl.exp2(scores * outer_scale - lse[None, :])
+    p = tl.exp2(scores * outer_scale - (lse * LOG2E)[None, :])
     if MASKED:
         seen = (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
         p = tl.where(seen, p, 0.0)
@@ -271,7 +265,7 @@ def attention_dkdv_kernel(
     K_ptr,
     V_ptr,
     Grad_out_ptr,
-    Lse_log2_ptr,
+    Lse_ptr,
     Delta_ptr,
     Grad_k_ptr,
     Grad_v_ptr,
@@ -350,7 +344,7 @@ def attention_dkdv_kernel(
     first_head, wide_total = kv_head * groups, total_q.to(tl.int64)
     Q_ptr += first_head * q_head_stride * STRIDE_UNIT + low * q_row_stride
     Grad_out_ptr += first_head * grad_head_stride * STRIDE_UNIT + low * grad_row_stride
-    Lse_log2_ptr += first_head * total_q + low
+    Lse_ptr += first_head * total_q + low
     Delta_ptr += first_head * total_q + low
     group, tile = 0, 0
     for _ in tl.range(groups * num_edges, num_stages=EDGE_STAGES, disable_licm=True):  # on both sides of the full tiles
@@ -360,34 +354,35 @@ def attention_dkdv_kernel(
             k, k_tail, v, v_tail, dk, dk_tail, dv, dv_tail,
             Q_ptr + group * q_head_stride * STRIDE_UNIT + at * q_row_stride,
             Grad_out_ptr + group * grad_head_stride * STRIDE_UNIT + at * grad_row_stride,
-            Lse_log2_ptr + of_row, Delta_ptr + of_row, q_rows, grad_rows,
+            Lse_ptr + of_row, Delta_ptr + of_row, q_rows, grad_rows,
             at, size, begin, end, inner_scale, outer_scale, H, MAIN, TAIL, BLOCK_M, SOFTCAP, True,
         )  # fmt: skip
         tile += 1
         group += (tile == num_edges).to(tl.int32)
         tile = tl.where(tile == num_edges, 0, tile)
+    # Every step is one tile on; a turn to the next head is a jump on top.
     at = num_left * BLOCK_M
     Q_ptr += at * q_row_stride
     Grad_out_ptr += at * grad_row_stride
-    Lse_log2_ptr += at
-    Delta_ptr += at
-    q_step, grad_step = BLOCK_M * q_row_stride, BLOCK_M * grad_row_stride
-    q_turn = q_head_stride * STRIDE_UNIT - (num_full - 1) * q_step
-    grad_turn = grad_head_stride * STRIDE_UNIT - (num_full - 1) * grad_step
-    row_turn = total_q - (num_full - 1) * BLOCK_M
-    tile = 1
+    of_row = at.to(tl.int64)
+    passed = num_full * BLOCK_M
+    q_jump = q_head_stride * STRIDE_UNIT - passed * q_row_stride
+    grad_jump = grad_head_stride * STRIDE_UNIT - passed * grad_row_stride
+    row_jump = wide_total - passed
+    group, tile = 0, 0
     for _ in tl.range(groups * num_full, disable_licm=True):
+        row = of_row + group * row_jump
         dk, dk_tail, dv, dv_tail = _dkdv_step(
-            k, k_tail, v, v_tail, dk, dk_tail, dv, dv_tail,
-            Q_ptr, Grad_out_ptr, Lse_log2_ptr, Delta_ptr, q_rows, grad_rows,
+            k, k_tail, v, v_tail, dk, dk_tail, dv, dv_tail, Q_ptr + group * q_jump, Grad_out_ptr + group * grad_jump,
+            Lse_ptr + row, Delta_ptr + row, q_rows, grad_rows,
             0, size, begin, end, inner_scale, outer_scale, H, MAIN, TAIL, BLOCK_M, SOFTCAP, False,
         )  # fmt: skip
-        turns = tile == num_full
-        Q_ptr += tl.where(turns, q_turn, q_step)
-        Grad_out_ptr += tl.where(turns, grad_turn, grad_step)
-        Lse_log2_ptr += tl.where(turns, row_turn, BLOCK_M)
-        Delta_ptr += tl.where(turns, row_turn, BLOCK_M)
-        tile = tl.where(turns, 1, tile + 1)
+        Q_ptr += BLOCK_M * q_row_stride
+        Grad_out_ptr += BLOCK_M * grad_row_stride
+        of_row += BLOCK_M
+        tile += 1
+        group += (tile == num_full).to(tl.int32)
+        tile = tl.where(tile == num_full, 0, tile)
 
     stored = keys < k_stop  # keys that seqused_k leaves out get zeros
     offsets = tile_offsets(BLOCK_N, num_kv_heads, H)

@@ -13,7 +13,7 @@ from trichord_kernels.tables.tile import Tile
 HEAD_COLUMNS = (64, 80, 96, 128, 256)  # a head takes the entry of the least one that holds its columns
 _STATIC = "static: tensor cores, no spills in the full-tile loop, fewest instructions per FLOP of those tried"
 _TINY = Tile(32, 32, 4, 1, "small, so that tests under the interpreter see several tiles")
-_FLOAT32 = Tile(32, 32, 4, 1, "static: exact products, on no tensor core: what fits at every head dim")
+_FLOAT32 = Tile(32, 32, 8, 1, "static: exact products run on no tensor core; no spills at head dim 64")
 _AMD = Tile(64, 32, 4, 1, "static: fits 64 KiB")
 
 FORWARD: dict[tuple, Tile] = {
@@ -29,7 +29,7 @@ FORWARD: dict[tuple, Tile] = {
     ("sm_90", 80, 2): Tile(128, 128, 8, 2, _STATIC),
     ("sm_90", 96, 2): Tile(128, 128, 8, 2, _STATIC),
     ("sm_90", 128, 2): Tile(128, 128, 8, 2, _STATIC),
-    ("sm_90", 256, 2): Tile(128, 64, 8, 2, _STATIC),
+    ("sm_90", 256, 2): Tile(128, 32, 8, 2, _STATIC),
     ("sm_100", 64, 2): Tile(128, 128, 8, 2, _STATIC),
     ("sm_100", 80, 2): Tile(128, 64, 8, 3, _STATIC),
     ("sm_100", 96, 2): Tile(128, 64, 8, 3, _STATIC),
@@ -48,7 +48,7 @@ DQ: dict[tuple, Tile] = {
     ("sm_80", 64, 2): Tile(128, 64, 8, 2, _STATIC),
     ("sm_80", 80, 2): Tile(128, 32, 8, 2, _STATIC),
     ("sm_80", 96, 2): Tile(128, 32, 8, 2, _STATIC),
-    ("sm_80", 128, 2): Tile(128, 32, 8, 2, _STATIC),
+    ("sm_80", 128, 2): Tile(64, 64, 8, 2, _STATIC),
     ("sm_80", 256, 2): Tile(64, 32, 8, 1, _STATIC),
     ("sm_90", 64, 2): Tile(128, 128, 8, 2, _STATIC),
     ("sm_90", 80, 2): Tile(128, 64, 8, 3, _STATIC),
@@ -63,8 +63,8 @@ DQ: dict[tuple, Tile] = {
     ("small", 64, 2): Tile(128, 64, 8, 2, _STATIC),
     ("small", 80, 2): Tile(128, 32, 8, 2, _STATIC),
     ("small", 96, 2): Tile(128, 32, 8, 2, _STATIC),
-    ("small", 128, 2): Tile(128, 32, 8, 2, _STATIC),
-    ("small", 256, 2): Tile(64, 32, 8, 1, _STATIC),
+    ("small", 128, 2): Tile(64, 32, 4, 2, _STATIC),
+    ("small", 256, 2): Tile(32, 32, 4, 1, _STATIC),
 }
 DKDV: dict[tuple, Tile] = {
     **{("cpu", columns, item_bytes): _TINY for columns in HEAD_COLUMNS for item_bytes in (2, 4)},
@@ -72,7 +72,7 @@ DKDV: dict[tuple, Tile] = {
     **{("gfx942", columns, 2): _AMD for columns in HEAD_COLUMNS},
     ("sm_80", 64, 2): Tile(32, 128, 8, 2, _STATIC),
     ("sm_80", 80, 2): Tile(32, 128, 8, 2, _STATIC),
-    ("sm_80", 96, 2): Tile(64, 64, 8, 2, _STATIC),
+    ("sm_80", 96, 2): Tile(32, 64, 4, 2, _STATIC),
     ("sm_80", 128, 2): Tile(64, 64, 8, 2, _STATIC),
     ("sm_80", 256, 2): Tile(32, 64, 8, 1, _STATIC),
     ("sm_90", 64, 2): Tile(64, 128, 8, 3, _STATIC),
@@ -87,7 +87,7 @@ DKDV: dict[tuple, Tile] = {
     ("sm_100", 256, 2): Tile(64, 64, 8, 1, _STATIC),
     ("small", 64, 2): Tile(32, 128, 8, 2, _STATIC),
     ("small", 80, 2): Tile(32, 128, 8, 2, _STATIC),
-    ("small", 96, 2): Tile(32, 64, 8, 2, _STATIC),
+    ("small", 96, 2): Tile(32, 64, 4, 2, _STATIC),
     ("small", 128, 2): Tile(32, 64, 8, 2, _STATIC),
     ("small", 256, 2): Tile(32, 32, 8, 1, _STATIC),
 }

@@ -1,11 +1,12 @@
 """The attention kernels, as their launchers launch them.
 
 Causal, window, whole-segment and cross masks are one compilation (`rows`: bounds come as integers); `spans` adds the
-two integers per token. Every kernel whose tile takes more than 99 KiB has its `.small` twin.
+two integers per token. `.small` is the entry for parts with 99 KiB of shared memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from trichord_kernels.static.case import ITEM_BYTES, StaticCase
@@ -35,16 +36,25 @@ _KERNELS = ("fwd", "dq", "dkdv")
 
 
 def _with_small(arch: str, kernel: str, head_dim: int, **variant: Any) -> list[StaticCase]:
-    """The case, and its twin for parts with less shared memory where it may need one (bar 6 finds a missing one)."""
+    """The case, and the `small` entry's: on sm_80 wherever it differs, else where bar 6 may ask for it."""
     case = _case(arch, kernel, head_dim, **variant)
-    block_m, block_n = case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"]
+    if arch.startswith("gfx"):
+        return [case]
+    small = _case("small", kernel, head_dim, **variant)
+    if arch == "sm_80":
+        return [case] if _tile(case) == _tile(small) else [case, small]
+    block_m, block_n, _, num_stages = _tile(case)
     resident, streamed, operands = {"fwd": (block_m, block_n, 1), "dq": (block_m, block_n, 2)}.get(
         kernel, (block_n, block_m, 2)
     )
     columns = case.constexprs["MAIN"] + case.constexprs["TAIL"]
-    kib = 2 * columns * (operands * resident + 2 * streamed * (case.num_stages or 1)) / 1024
-    is_small = arch.startswith("gfx") or kib <= SMALL_ESTIMATE_KIB
-    return [case] if is_small else [case, _case("small", kernel, head_dim, **variant)]
+    kib = 2 * columns * (operands * resident + 2 * streamed * num_stages) / 1024
+    # The parts that take the small entry have sm_80's tensor cores: there it is held to the bars.
+    return [case] if kib <= SMALL_ESTIMATE_KIB else [case, replace(small, report_only=True)]
+
+
+def _tile(case: StaticCase) -> tuple[int, int, int, int]:
+    return case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"], case.num_warps, case.num_stages or 1
 
 
 def _case(
@@ -113,11 +123,12 @@ def _gate_backward(head_dim: int) -> StaticCase:
         row_bytes=None,
         shared_bytes=0,
         is_forward=False,
+        report_only=True,  # one lse per row beside 128-bit rows: narrow loads by nature
         attrs=_aligned_pointers(jitted, constexprs),
     )
 
 
-_FLOAT32 = ("Lse_ptr", "Lse_log2_ptr", "Delta_ptr", "Share_ptr", "Gate_ptr")
+_FLOAT32 = ("Lse_ptr", "Delta_ptr", "Share_ptr", "Gate_ptr")
 _INT32 = ("Cu_q_ptr", "Cu_k_ptr", "Used_k_ptr", "Span_begins_ptr", "Span_ends_ptr")
 
 
