@@ -60,9 +60,11 @@ def _hold(case: Case, operands, record_property) -> dict[str, torch.Tensor]:
     assert all(torch.equal(found[name], again[name]) for name in NAMES), "the second run gave other bits"
     exact = _run(dense, {name: t.double() for name, t in operands.items()})
     attended, _ = dense_attention(case, *(operands[name].double() for name in "qkv"), mask)
-    terms = (operands["grad"].double() * attended).abs().sum().item() * torch.finfo(torch.float32).eps
+    terms = operands["grad"].double() * attended
+    order = torch.finfo(torch.float32).eps * terms.abs().sum().item()
+    rounding = 2 * torch.finfo(case.dtype).eps * terms.square().sum().sqrt().item()  # `attended` is kept in its dtype
     factor = 2.0 if case.softcap is None else 3.0
-    ratios = judge(found, _run(dense, operands), exact, {"grad_gate": terms}, factor)
+    ratios = judge(found, _run(dense, operands), exact, {"grad_gate": order + rounding}, factor)
     record_property("worst_error_ratio", max(r.ratio for r in ratios))
     return found
 

@@ -84,7 +84,7 @@ DKDV: dict[tuple, Tile] = {
     ("sm_100", 80, 2): Tile(64, 128, 8, 2, _STATIC),
     ("sm_100", 96, 2): Tile(64, 128, 8, 2, _STATIC),
     ("sm_100", 128, 2): Tile(64, 128, 8, 2, _STATIC),
-    ("sm_100", 256, 2): Tile(64, 64, 8, 1, _STATIC),
+    ("sm_100", 256, 2): Tile(32, 64, 8, 2, _STATIC),
     ("small", 64, 2): Tile(32, 128, 8, 2, _STATIC),
     ("small", 80, 2): Tile(32, 128, 8, 2, _STATIC),
     ("small", 96, 2): Tile(32, 64, 4, 2, _STATIC),
