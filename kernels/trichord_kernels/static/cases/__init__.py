@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from trichord_kernels.static.case import StaticCase
 from trichord_kernels.static.cases import (
+    attention,
     contrastive_loss,
     fuse_modalities,
     linear_cross_entropy,
@@ -15,7 +16,7 @@ from trichord_kernels.static.cases import (
     rope,
 )
 
-_OPS = (rms_norm, linear_cross_entropy, fuse_modalities, merge_embeddings, rope, contrastive_loss)
+_OPS = (attention, rms_norm, linear_cross_entropy, fuse_modalities, merge_embeddings, rope, contrastive_loss)
 _BY_NAME = {op.__name__.rpartition(".")[2]: op for op in _OPS}
 
 
