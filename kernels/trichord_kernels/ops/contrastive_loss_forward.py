@@ -82,11 +82,6 @@ def _softplus(x):
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def _contrastive_forward_kernel(
     X_ptr,
     Y_ptr,
@@ -159,10 +154,9 @@ def _contrastive_forward_kernel(
             moved = shift - new_shift
             shifted = logits - new_shift[:, None]
             total = total * tl.exp2(moved) + tl.sum(tl.exp2(shifted), axis=1)
-            # Both sums in one reduction: apart, the compiler gives the second one a layout of its own.
-            new_positive, new_count = tl.reduce(
-                (tl.where(is_positive, shifted, 0.0), tl.where(is_positive, 1.0, 0.0)), 1, _add_both
-            )
+            # Both sums in one: a sum of `is_positive` alone would get a layout of its own, and a transpose.
+            both = tl.join(tl.where(is_positive, shifted, 0.0), tl.where(is_positive, 1.0, 0.0))
+            new_positive, new_count = tl.split(tl.sum(both, axis=1))
             positive += count * moved + new_positive
             count += new_count
             shift = new_shift

@@ -31,6 +31,9 @@ from trichord_kernels.reference.contrastive_slots import Slots
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Its name since torch 2.14, which warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class Primitives(Protocol):
     """What a path computes for rows x against candidates y."""
@@ -62,7 +65,7 @@ class Everyone:
         """(n, ...) of every rank below each other, in rank order: (ranks * n, ...)."""
         ranks = dist.get_world_size(self.group)
         gathered = own.new_empty(ranks * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(gathered, own.contiguous(), group=self.group)
+        _all_gather(gathered, own.contiguous(), group=self.group)
         return gathered
 
 
