@@ -81,3 +81,12 @@ def test_fake_gpu_tensors_take_the_kernel_path() -> None:
         wide = torch.empty(6, 8, device="cuda", dtype=torch.float64)
         with pytest.raises(KernelError, match=r"float16, got torch.float64"):
             contrastive_loss(wide, wide, scale)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_meta_tensors_have_shapes(mode) -> None:
+    features = torch.empty(6, 8, device="meta", requires_grad=True)
+    scalars = torch.empty(1, device="meta"), torch.empty((), device="meta")
+    loss = contrastive_loss(features, features.detach(), *scalars, **MODES[mode])
+    loss.backward()
+    assert (loss.shape, features.grad.shape) == ((), (6, 8))

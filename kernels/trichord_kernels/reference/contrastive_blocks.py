@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trichord_kernels.operands import autocast_is_on
+
 LOWEST = -1e30  # a finite floor of `shift`: differences of two of them are 0, not NaN
 # Logits of one block: 4 MiB in float32, where the passes over a block still find much of it in a CPU's cache. A block
 # has at least so many rows, because a product of few rows reads all candidates for little work.
@@ -168,10 +170,13 @@ def loss_and_gradients(pairing: Pairing) -> tuple[Tensor, SideGradients]:
     return torch.stack(losses).sum(), grads
 
 
+def is_autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and autocast_is_on(device.type)
+
+
 def _in_full_precision(p: Pairing) -> AbstractContextManager:
     """Autocast would make the products of a block in half precision."""
-    is_on = torch.is_autocast_enabled(p.x.device.type)
-    return torch.autocast(p.x.device.type, enabled=False) if is_on else nullcontext()
+    return torch.autocast(p.x.device.type, enabled=False) if is_autocast_on(p.x.device) else nullcontext()
 
 
 def _blocks(p: Pairing) -> Iterator[tuple[slice, Tensor, Tensor]]:

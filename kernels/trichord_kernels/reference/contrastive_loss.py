@@ -43,7 +43,7 @@ def contrastive_loss(
     return_gradients: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveGradients]:
     """Shapes, dtypes, formulas and results as the public `trichord_kernels.contrastive_loss`; float64 is taken, too."""
-    if torch.is_autocast_enabled(queries.device.type):
+    if blocks.is_autocast_on(queries.device):
         queries, targets = queries.float(), targets.float()
     slots = Slots(query_groups, target_groups, query_valid, target_valid)
     check_operands(queries, targets, logit_scale, logit_bias, kind, has_columns(kind, symmetric))
