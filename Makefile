@@ -43,10 +43,11 @@ check: install
 	$(RUN) pyright
 	$(RUN) pytest -m "not slow and not distributed and not slurm and not gpu" $(ARGS)
 
-gpu: install
 ifeq ($(HAS_GPU),)
+gpu:
 	@echo "make gpu: this machine has no GPU (no /dev/nvidiactl, no /dev/kfd)" >&2; exit 3
 else
+gpu: install
 	$(RUN) pytest -m gpu $(ARGS)
 	$(RUN) trichord_kernels.tables.sweep --log docs/log.md
 	$(RUN) trichord.cli bench kernels --device cuda --log docs/log.md

@@ -85,8 +85,9 @@ def judge_loss(
     record_property: Callable | None = None,
 ) -> dict[str, Tensor]:
     """Hold the loss and all gradients to the rule, the second run to the same bits. `grad`: incoming, (T,) or ()."""
+    options = {"reduction": "sum", **options}
     if grad is None:
-        scalar = options.get("reduction", "sum") != "none"
+        scalar = options["reduction"] != "none"
         grad = torch.randn(() if scalar else labels.shape, device=labels.device)
     wide = {name: t.double() for name, t in tensors.items()}
     ours = run_with_grads(linear_cross_entropy, tensors, labels, grad, options)

@@ -167,7 +167,7 @@ def test_every_weight_is_zero() -> None:
 def test_float32_gradient_of_a_half_weight_is_rounded_once(few_rows) -> None:
     """Summed in float16 chunk by chunk, small gradients would drown in the sum so far."""
     hidden, weight = torch.ones(2048, 1).half(), torch.zeros(3, 1).half().requires_grad_()
-    linear_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64)).backward()
+    linear_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64), reduction="sum").backward()
     per_row = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).half()
     assert torch.equal(weight.grad[:, 0], (2048 * per_row.float()).half())
 

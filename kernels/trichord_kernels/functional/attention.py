@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, through_op
+from trichord_kernels.operands import require_above_zero, require_integers, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import attention as op
@@ -94,6 +95,11 @@ def attention(
         ValueError: operands that do not fit, or dropout above 0.
         KernelError: a GPU case that the kernels do not cover.
     """
+    required = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q}
+    optional = {"cu_seqlens_k": cu_seqlens_k, "span_ends": span_ends, "seqused_k": seqused_k}
+    require_tensors("attention", required, optional)
+    require_above_zero("attention", scale=scale, softcap=softcap)
+    require_integers("attention", window=window)
     run = op.attention if through_op(q.device) else reference.attention
     return run(
         q,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.operands import require_tensors
 from trichord_kernels.reference.contrastive_gradients import ContrastiveGradients
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def contrastive_loss(
     `symmetric` changes nothing.
 
     Features: float32, bfloat16 or float16, one dtype, any strides (normalise them yourself). logit_scale, logit_bias:
-    () or (1,). query_groups (R,), target_groups (C,) int64: slots of equal groups are positives of each other; without
-    them query i and target i are. query_valid (R,), target_valid (C,) bool: a slot that is not valid is neither row nor
+    () or (1,), used as they are: give the exponential of a scale that is learned as a logarithm (CLIP).
+    query_groups (R,), target_groups (C,) int64: slots of equal groups are positives of each other; without them
+    query i and target i are. query_valid (R,), target_valid (C,) bool: a slot that is not valid is neither row nor
     candidate, whatever its features hold (NaN, too). A row without positives has loss 0 and no gradient.
 
     group: the candidates are those of all its ranks, in rank order (equal R and equal C on all). Every rank calls this,
@@ -89,6 +91,10 @@ def contrastive_loss(
     (no TF32), sums always. Raises ValueError for operands that do not fit, KernelError for a GPU case the kernel does
     not cover.
     """
+    required = {"queries": queries, "targets": targets, "logit_scale": logit_scale}
+    optional = {"logit_bias": logit_bias, "query_groups": query_groups, "target_groups": target_groups}
+    optional |= {"query_valid": query_valid, "target_valid": target_valid}
+    require_tensors("contrastive_loss", required, optional)
     uses_reference = choose_backend(queries.device) == "reference"
     # The twin loops over blocks: inside a graph it goes through the opaque op instead.
     is_traced = HAS_TRITON and torch.compiler.is_compiling()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.operands import require_floats, require_not_negative, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import fuse_modalities as op
@@ -33,7 +34,7 @@ def fuse_modalities(
     `fuse_modalities((x, y), (w1, w2), attended=att)`.
 
     inputs: 1 to 8 tensors (T, D) float32, bfloat16 or float16, any strides. The factor of each is one of
-    - `weights`, one per input, each (1,) or (D,), in the inputs' dtype or float32;
+    - `weights`, one per input, each (), (1,) or (D,), in the inputs' dtype or float32;
     - `gate_logits` (T, n), in the inputs' dtype or float32: softmax over the inputs that are present in the row (one
       alone has factor 1); a logit of -inf means absent;
     - 1, with neither.
@@ -47,6 +48,13 @@ def fuse_modalities(
     does not cover.
     """
     inputs, weights = list(inputs), None if weights is None else list(weights)
+    optional = {"gate_logits": gate_logits, "present": present, "attended": attended, "residual": residual}
+    optional |= {f"weights[{i}]": weight for i, weight in enumerate(weights or ())}
+    require_tensors("fuse_modalities", {f"inputs[{i}]": x for i, x in enumerate(inputs)}, optional)
+    if inputs:
+        require_floats("fuse_modalities", "inputs[0]", inputs[0])
+    require_not_negative("fuse_modalities", eps=eps)
+    weights = None if weights is None else [weight.reshape(1) if weight.dim() == 0 else weight for weight in weights]
     run = reference.fuse_modalities
     if inputs and choose_backend(inputs[0].device) == "triton":
         run = op.fuse_modalities

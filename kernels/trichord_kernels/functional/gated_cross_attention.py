@@ -6,6 +6,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, through_op
+from trichord_kernels.operands import require_above_zero, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import gated_cross_attention as op
@@ -38,6 +39,10 @@ def gated_cross_attention(
         ValueError: operands that do not fit.
         KernelError: a GPU case that the kernels do not cover.
     """
+    required = {"hidden": hidden, "q": q, "k": k, "v": v, "gate": gate}
+    required |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    require_tensors("gated_cross_attention", required, {"seqused_k": seqused_k})
+    require_above_zero("gated_cross_attention", scale=scale, softcap=softcap)
     run = op.gated_cross_attention if through_op(q.device) else reference.gated_cross_attention
     return run(
         hidden,

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.operands import (
+    require_above_zero,
+    require_floats,
+    require_integers,
+    require_not_negative,
+    require_tensors,
+)
 
 if HAS_TRITON:
     from trichord_kernels.ops import linear_cross_entropy as op
@@ -23,7 +30,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     token_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     num_labelled: int | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T + bias` against `labels`, without ever holding all logits.
@@ -42,6 +49,12 @@ def linear_cross_entropy(
     a CPU also for a label outside the vocabulary (on a GPU the loss of that row is NaN); KernelError for a GPU case the
     kernel does not cover.
     """
+    required = {"hidden": hidden, "weight": weight, "labels": labels}
+    require_tensors("linear_cross_entropy", required, {"bias": bias, "token_weights": token_weights})
+    require_floats("linear_cross_entropy", "hidden", hidden)
+    require_above_zero("linear_cross_entropy", softcap=softcap)
+    require_not_negative("linear_cross_entropy", z_loss=z_loss, label_smoothing=label_smoothing)
+    require_integers("linear_cross_entropy", ignore_index=ignore_index, num_labelled=num_labelled)
     uses_reference = choose_backend(hidden.device) == "reference"
     # The twin reads on the host how many rows have a label: a graph, or a tensor without data, needs the opaque op.
     is_traced = torch.compiler.is_compiling() or hidden.device.type == "meta"

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, through_op
+from trichord_kernels.operands import require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import merge_embeddings as op
@@ -21,6 +22,7 @@ def merge_embeddings(embeds: Tensor, features: Tensor, positions: Tensor) -> Ten
     Returns out (T, D), new memory. Differentiable in embeds and features, exactly: rows are moved, nothing is added.
     Raises ValueError for operands that do not fit, KernelError for a GPU case the kernel does not cover.
     """
+    require_tensors("merge_embeddings", {"embeds": embeds, "features": features, "positions": positions})
     if through_op(embeds.device):
         return op.merge_embeddings(embeds, features, positions)
     return reference.merge_embeddings(embeds, features, positions)

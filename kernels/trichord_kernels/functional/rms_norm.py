@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.operands import require_floats, require_not_negative, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import rms_norm as op
@@ -28,6 +29,9 @@ def rms_norm(
     Differentiable in x, weight and residual. Raises ValueError for operands that do not fit, KernelError for a GPU
     case the kernel does not cover.
     """
+    require_tensors("rms_norm", {"x": x, "weight": weight}, {"residual": residual})
+    require_floats("rms_norm", "x", x)
+    require_not_negative("rms_norm", eps=eps)
     if choose_backend(x.device) == "reference":
         return reference.rms_norm(x, weight, eps, residual)
     return op.rms_norm(x, weight, eps, residual)

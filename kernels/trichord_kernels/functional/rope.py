@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trichord_kernels import reference
 from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.operands import require_above_zero, require_floats, require_not_negative, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import rope as op
@@ -40,6 +41,11 @@ def rope(
     transformers does. Differentiable in q, k and the weights. Raises ValueError for operands that do not fit,
     KernelError for a GPU case that the kernel does not cover.
     """
+    required = {"q": q, "k": k, "position_ids": position_ids, "inv_freq": inv_freq}
+    require_tensors("rope", required, {"q_weight": q_weight, "k_weight": k_weight})
+    require_floats("rope", "q", q)
+    require_not_negative("rope", eps=eps)
+    require_above_zero("rope", attention_scaling=attention_scaling)
     chosen = reference.rope if choose_backend(q.device) == "reference" else op.rope
     return chosen(
         q,

@@ -371,7 +371,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     token_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     num_labelled: int | None = None,
 ) -> Tensor:
     """The registered path of `trichord_kernels.linear_cross_entropy`, which documents it."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trichord_kernels.operands import autocast_is_on, without_autocast
 from trichord_kernels.reference.visibility import key_intervals
 
 _MASK_ROWS = 256  # query rows per masked call: intervals of near rows are near, so few masked pairs are computed
@@ -55,7 +56,7 @@ def attention(
     """
     check_operands(q, k, v, cu_seqlens_q, cu_seqlens_k, span_ends, window, softcap, seqused_k, dropout)
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if autocast_is_on(device) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     rule = _Rule(
         causal=causal,
@@ -65,7 +66,7 @@ def attention(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         explicit=softcap is not None or return_lse,
     )
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         out, lse = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, rule)
     if not return_lse:
         return out
@@ -329,7 +330,7 @@ def check_operands(
 
 
 def _check_heads(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = q.dim() == 3 and k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    fits = q.dim() == 3 and k.dim() == 3 and q.shape[2] > 0 and k.shape == v.shape and q.shape[2] == k.shape[2]
     if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"{name}: expected q (Tq, N, H), k and v (Tk, K, H) with N a multiple of K, got q {tuple(q.shape)}, "

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trichord_kernels.operands import autocast_is_on
+from trichord_kernels.operands import autocast_is_on, without_autocast
 
 LOWEST = -1e30  # a finite floor of `shift`: differences of two of them are 0, not NaN
 # Logits of one block: 4 MiB in float32, where the passes over a block still find much of it in a CPU's cache. A block
@@ -176,7 +176,7 @@ def is_autocast_on(device: torch.device) -> bool:
 
 def _in_full_precision(p: Pairing) -> AbstractContextManager:
     """Autocast would make the products of a block in half precision."""
-    return torch.autocast(p.x.device.type, enabled=False) if is_autocast_on(p.x.device) else nullcontext()
+    return without_autocast(p.x.device.type) if is_autocast_on(p.x.device) else nullcontext()
 
 
 def _blocks(p: Pairing) -> Iterator[tuple[slice, Tensor, Tensor]]:

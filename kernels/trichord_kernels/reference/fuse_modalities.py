@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trichord_kernels.operands import autocast_is_on
 from trichord_kernels.reference.rms_norm import rms_norm
 
 MAX_INPUTS = 8
@@ -35,7 +36,7 @@ def fuse_modalities(
     (see `rms_norm`), `layer` like torch's (float32 throughout, the result rounded once). Under autocast everything is
     float32, as torch's own norms are.
     """
-    if inputs and torch.is_autocast_enabled(inputs[0].device.type):
+    if inputs and autocast_is_on(inputs[0].device.type):
         inputs = [x.float() for x in inputs]
         weights = None if weights is None else [w.float() for w in weights]
         gate_logits, attended, residual = (None if t is None else t.float() for t in (gate_logits, attended, residual))
@@ -134,8 +135,8 @@ def _check_mix(
     for i, weight in enumerate(weights or ()):
         if tuple(weight.shape) not in ((1,), (width,)) or weight.dtype not in dtypes:
             raise ValueError(
-                f"fuse_modalities: expected weights[{i}] of shape (1,) or ({width},) in {first.dtype} or float32, got "
-                f"{tuple(weight.shape)} {weight.dtype}; reshape or cast it"
+                f"fuse_modalities: expected weights[{i}] of shape (), (1,) or ({width},) in {first.dtype} or float32, "
+                f"got {tuple(weight.shape)} {weight.dtype}; reshape or cast it"
             )
     table = (num_rows, num_inputs)
     if gate_logits is not None and (tuple(gate_logits.shape) != table or gate_logits.dtype not in dtypes):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from trichord_kernels.operands import without_autocast
 from trichord_kernels.reference.linear_cross_entropy_chunks import (
     LossOptions,
     Projection,
@@ -33,7 +34,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     token_weights: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
     num_labelled: int | None = None,
 ) -> Tensor:
     """Loss of `hidden @ weight.T + bias`; arguments as the public `trichord_kernels.linear_cross_entropy`.
@@ -99,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, bias, options, num_labelled, dtype):
         order = labelled_rows(labels, options.ignore_index, num_labelled)
         check_labels(labels if order is None else labels[order], weight.shape[0])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             projection = Projection.of(hidden, weight, bias, order, dtype)
             losses, statistics = losses_in_chunks(projection, labels, options, row_losses)
         ctx.save_for_backward(hidden, weight, labels, bias, order, statistics)
@@ -111,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_losses):
         hidden, weight, labels, bias, order, statistics = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device.type):
             projection = Projection.of(hidden, weight, bias, order, ctx.dtype)
             grads = gradients_in_chunks(
                 projection, labels, grad_losses, statistics, ctx.options, needed, logits_to_gradient

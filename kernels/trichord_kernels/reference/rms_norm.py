@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trichord_kernels.operands import autocast_is_on
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
@@ -15,7 +17,7 @@ def rms_norm(
     Rounding is Llama's: statistics in float32, the normalised value is rounded to x's dtype, then multiplied by the
     weight, and the product rounded to x's dtype. Under autocast everything is float32, as torch's own norms are.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x.device.type):
         x, weight = x.float(), weight.float()
         residual = None if residual is None else residual.float()
     check_operands(x, weight, residual)

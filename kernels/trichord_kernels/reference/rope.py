@@ -7,10 +7,12 @@ Su et al., RoFormer, arXiv:2104.09864, equation 34, in the half-split form of Ll
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trichord_kernels.operands import without_autocast
 from trichord_kernels.reference.rms_norm import rms_norm
 
 LAYOUTS = ("interleaved", "sectioned")
@@ -23,7 +25,7 @@ def rope(
     inv_freq: Tensor,
     *,
     sections: Sequence[int] | None = None,
-    layout: str = "interleaved",
+    layout: Literal["interleaved", "sectioned"] = "interleaved",
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
@@ -36,9 +38,9 @@ def rope(
     and the sum. Autocast changes nothing: the result has q's dtype.
     """
     check_operands(q, k, position_ids, inv_freq, sections, layout, q_weight, k_weight)
-    with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+    with without_autocast(q.device.type), torch.no_grad():
         cos, sin = _cos_and_sin(position_ids, inv_freq, sections, layout, attention_scaling, q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return _normed_and_turned(q, q_weight, eps, cos, sin), _normed_and_turned(k, k_weight, eps, cos, sin)
 
 

@@ -7,7 +7,6 @@ docs/kernels/static.md has the bars.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -28,15 +27,16 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def static_report(
     archs: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
-    jobs: int | None = None,
+    jobs: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
     """Compile each case of `ops` (default: all) for each architecture (default: all four) and judge it.
 
-    Needs no GPU: 0.3 s for a row kernel, up to 20 s for a matmul, in `jobs` processes (default: the processors this
-    one may use); Triton caches what it compiled. `say` gets a line per row. Returns the JSON-able rows of `judge_case`
-    in the order of the cases, each with `peers`: the figures of other kernels that do its work (baselines.py).
-    Raises KernelError for an unknown architecture or op, or under the interpreter.
+    Needs no GPU: 0.3 s for a row kernel, up to 20 s for a matmul, in `jobs` processes (a script that asks for more than
+    one needs the usual `if __name__ == "__main__":`); Triton caches what it compiled. `say` gets a line per row.
+    Returns the JSON-able rows of `judge_case` in the order of the cases, each with `peers`: the figures of other
+    kernels that do its work (baselines.py). Raises KernelError for an unknown architecture or op, or under the
+    interpreter.
     """
     _check_names("archs", ARCHS, archs)
     _check_names("ops", op_names(), ops)
@@ -46,7 +46,7 @@ def static_report(
         for op in ops or op_names()
         for index in range(len(op_cases(op, arch)))
     ]
-    jobs = min(jobs or len(os.sched_getaffinity(0)), len(tasks))
+    jobs = min(jobs, len(tasks))
     rows: dict[tuple[str, str, int], dict] = {}
     for task, row in _judged(tasks, jobs):
         rows[task] = row

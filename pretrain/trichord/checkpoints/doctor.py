@@ -115,6 +115,8 @@ def worst(findings: list[Finding]) -> Verdict:
 
 
 def _complete(folder: Path) -> Finding:
+    if (folder / MANIFEST_FILE).is_file() and not _names_files(folder):
+        return Finding("complete", "fail", f"{MANIFEST_FILE} is damaged: it names no files", _earlier(folder))
     problem = incomplete_reason(folder)
     if problem is not None:
         return Finding("complete", "fail", problem, _earlier(folder))
@@ -123,6 +125,13 @@ def _complete(folder: Path) -> Finding:
     if strange:
         return Finding("complete", "warn", f"not in the manifest: {_some(strange)}", "remove what is not yours")
     return Finding("complete", "pass", f"{len(listed)} files of the sizes that the manifest names")
+
+
+def _names_files(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / MANIFEST_FILE)["files"])
+    except (CheckpointError, KeyError, TypeError):
+        return False
 
 
 def _hashes(folder: Path, on_progress: Callable[[], None]) -> Finding:
@@ -156,7 +165,9 @@ def _train_state(folder: Path) -> Finding:
     missing = [key for key in TRAIN_STATE_KEYS if key not in state] if isinstance(state, dict) else ["all"]
     if missing:
         return Finding("training state", "fail", f"{TRAIN_STATE_FILE} lacks {_some(missing)}", _earlier(folder))
-    steps = {TRAIN_STATE_FILE: state["step"], MANIFEST_FILE: _manifest_step(folder)}
+    steps = {TRAIN_STATE_FILE: state["step"]}
+    if _names_files(folder):
+        steps[MANIFEST_FILE] = _manifest_step(folder)
     if folder.name.removeprefix("step-").isdigit():
         steps["the folder's name"] = int(folder.name.removeprefix("step-"))
     if len(set(map(str, steps.values()))) > 1:

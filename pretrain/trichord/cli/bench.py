@@ -1,5 +1,6 @@
 """`trichord bench`: what this machine reaches, against a stated baseline."""
 
+import os
 import tempfile
 from enum import Enum
 from pathlib import Path
@@ -143,7 +144,7 @@ def _static_rows(archs: list[str] | None, ops: list[str] | None, jobs: int | Non
     from trichord_kernels.static.table import render_table
 
     try:
-        rows = static_report(archs, ops, jobs, lambda line: typer.echo(line, err=True))
+        rows = static_report(archs, ops, jobs or len(os.sched_getaffinity(0)), lambda line: typer.echo(line, err=True))
     except KernelError as error:
         raise ConfigError(str(error)) from error
     print(render_table(rows))

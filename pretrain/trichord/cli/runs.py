@@ -39,8 +39,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     from trichord.config.identity import inspect_run_folder
     from trichord.config.load import load_run_config
     from trichord.core.dist import rank_facts
+    from trichord.layers.selection import select_kernels
 
     run_config = load_run_config(config, overrides or [])
+    select_kernels(run_config.layers.kernels)
     if rank_facts().rank == 0:  # the others may come when rank 0 has already begun to write there
         inspect_run_folder(run_config)  # a run that cannot go on is told before torch is loaded
     from trichord.train import run

@@ -10,13 +10,14 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trichord.config.environment import environment, git_state
 from trichord.config.load import load_run_config, resolved_yaml
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.status import current_attempt, write_atomically
+from trichord.engine.config import RoomName, RoomRates
 
 # Keys that may differ between a run and its continuation; `*` is any one part, a trailing `**` anything below.
 # They say how the work is laid out, how long it goes, how fast it learns, and what is recorded. Everything else decides
@@ -43,7 +44,10 @@ MAY_CHANGE_ON_RESUME = (
     "layers.kernels",
     "engine.zero_stage",
     "engine.lr",
-    "engine.rooms.**",
+    "engine.rooms.*.lr_ratio",
+    "engine.rooms.*.layer_decay",
+    "engine.rooms.*.schedule",
+    "engine.rooms.*.start_step",
     "engine.schedule",
     "engine.decay_steps",
     "engine.warmup_steps",
@@ -245,6 +249,8 @@ def _claim_attempt(path: Path, attempt: int) -> int:
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The config as nested dicts, sources by name."""
     data = config.model_dump(mode="json")
+    plain = RoomRates().model_dump(mode="json")  # how a room learns that is not named
+    data["engine"]["rooms"] = dict.fromkeys(get_args(RoomName), plain) | data["engine"]["rooms"]
     data["shards"]["sources"] = {source.pop("name"): source for source in data["shards"]["sources"]}
     return data
 

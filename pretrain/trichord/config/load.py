@@ -24,6 +24,7 @@ from trichord.core.errors import ConfigError
 from trichord.evaluation.config import SuiteConfig
 
 Model = TypeVar("Model", bound=BaseModel)
+_SHIPPED_IN = {RunConfig: ("runs", "debug", "recipes"), SuiteConfig: ("suites",), ClusterConfig: ("clusters",)}
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,7 +48,7 @@ def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterConf
 
 def load_config(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
     """Any config class from a file: what `load_run_config` does, for any leaf."""
-    file = find_config(path)
+    file = find_config(path, _SHIPPED_IN.get(model, ()))
     parsed = parse_yaml(_read_text(file), str(file))
     if parsed.data is None and not parsed.problems:
         raise ConfigError(f"{file}: the file is empty; expected {', '.join(model.model_fields)}")
@@ -141,8 +142,10 @@ def shipped_configs() -> list[str]:
     return sorted(names)
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | Path, folders: Sequence[str] = ()) -> Path:
     """A file of that path, or else the shipped config of that name (`configs/` and `.yaml` may be left out).
+
+    folders: of several with that name the one in these is meant.
 
     Raises:
         ConfigError: neither exists; the message names the nearest shipped ones.
@@ -157,6 +160,7 @@ def find_config(name: str | Path) -> Path:
     short = str(name).removeprefix("configs/").removesuffix(".yaml")
     shipped = shipped_configs()
     matches = [s for s in shipped if s == f"{short}.yaml"] or [s for s in shipped if Path(s).stem == short]
+    matches = [s for s in matches if s.split("/")[0] in folders] or matches
     if len(matches) > 1:
         raise ConfigError(f"{name}: several shipped configs have that name, say which: {', '.join(matches)}")
     if matches:

@@ -53,9 +53,17 @@ class RunConfig(Leaf):
             )
         if self.objectives.contrastive:
             self._check_pairs(self.objectives.contrastive.pairs)
+        self._check_learning_rooms()
         if self.run.max_steps is None and any(source.epochs is None for source in self.shards.sources):
             raise ValueError("set run.max_steps, or `epochs` on every source so that the steps can be counted")
         return self
+
+    def _check_learning_rooms(self) -> None:
+        towers = {"vision": self.encoders.vision, "audio": self.encoders.audio, "text": self.encoders.text}
+        for room, leaf in (towers | {"trunk": self.fusion.trunk}).items():
+            if room in self.engine.rooms and (leaf is None or getattr(leaf, "freeze", False)):
+                why = "has none" if leaf is None else "has it frozen"
+                raise ValueError(f"engine.rooms.{room}: the model {why}, so take the key out")
 
     def _check_pairs(self, pairs) -> None:
         towers = {"image": self.encoders.vision, "audio": self.encoders.audio, "text": self.encoders.text}

@@ -24,6 +24,15 @@ class PackedLayout:
     causal: bool = True
     window: int | None = None
 
+    @property
+    def ndim(self) -> int:
+        """As of a finished mask (B, 1, L, L): with a cache of fixed size transformers makes the mask before the forward
+        pass, hands it over as the attention mask, and asks for this and for `contiguous`."""
+        return 4
+
+    def contiguous(self) -> PackedLayout:
+        return self
+
     @staticmethod
     def build(cu_seqlens: Tensor, segment_ids: Tensor, span_ends: Tensor | None) -> PackedLayout:
         """The layout of a packed stream: cu_seqlens (C+1,) of all runs, segment_ids (T,) with slack below 0, span_ends

@@ -40,6 +40,7 @@ class LMHead(nn.Linear):
             label_smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
             softcap=self.softcap,
+            reduction="sum",
         )
 
 

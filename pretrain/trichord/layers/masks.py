@@ -30,7 +30,7 @@ def trichord_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | PackedLayout | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -38,6 +38,8 @@ def trichord_mask(
     """What `trichord_attention` gets as `attention_mask`; the arguments are those of transformers' `sdpa_mask`."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    if isinstance(attention_mask, PackedLayout):  # made before the forward pass already
+        return attention_mask
     mask_function = causal_mask_function if mask_function is None else mask_function
     is_plain = isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0 and q_length == kv_length and not use_vmap
     if is_plain:

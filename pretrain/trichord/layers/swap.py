@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trichord.core.errors import ConfigError
 from trichord.layers.attention import NAME, register_attention
 from trichord.layers.decoder import fuse_layer
-from trichord.layers.loss import next_token_loss, replace_lm_head
+from trichord.layers.loss import LMHead, next_token_loss, replace_lm_head
 from trichord.layers.norm import replace_rms_norms
 from trichord.layers.rope import Rotary, replace_rotary
 
@@ -31,9 +31,9 @@ def swap_kernels(model: Any) -> Any:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in SUPPORTED:
         raise ConfigError(f"swap_kernels: expected a model of type {', '.join(SUPPORTED)}, got {kind!r}")
+    swap_decoder(getattr(model, "model", model), sections=None)  # first: it refuses some models before it changes them
     register_attention()
     model.set_attn_implementation(NAME)
-    swap_decoder(getattr(model, "model", model), sections=None)
     if hasattr(model, "lm_head"):
         replace_lm_head(model)
         model.forward = MethodType(_forward, model)
@@ -78,11 +78,14 @@ def _forward(
         return type(self).forward(self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    if not isinstance(self.lm_head, LMHead):  # resized, or set anew: transformers makes a plain one
+        replace_lm_head(self)
     num_items = kwargs.pop("num_items_in_batch", None)
     shift_labels = kwargs.pop("shift_labels", None)
     return_dict = kwargs.pop("return_dict", None)
     out = self.model(**inputs, **kwargs)
-    loss = next_token_loss(self.lm_head, out.last_hidden_state, labels, shift_labels, num_items)
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    loss = next_token_loss(self.lm_head, out.last_hidden_state[:, kept], labels, shift_labels, num_items)
     result = CausalLMOutputWithPast(
         loss=loss, past_key_values=out.past_key_values, hidden_states=out.hidden_states, attentions=out.attentions
     )

@@ -71,6 +71,10 @@ def test_changed_bytes_and_missing_files(step):
     assert failed(step) == {"hashes"}
     file.unlink()
     assert {"complete", "slices", "values"} <= failed(step)
+    (step / "manifest.json").write_text("[]")
+    found = {f.check: f for f in examine(step, "no model")}
+    assert found["complete"].detail == "manifest.json is damaged: it names no files"
+    assert found["training state"].verdict == "pass", "the folder's name is right"
     (step / "manifest.json").unlink()
     assert verdicts(step) == {"complete": "fail"}
 

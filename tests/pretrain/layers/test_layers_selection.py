@@ -28,3 +28,12 @@ def test_the_name_is_the_one_the_kernels_read(monkeypatch):
 
     monkeypatch.setenv(ENVIRONMENT, "reference")
     assert requested_backend() == "reference"
+
+
+def test_a_word_that_is_no_choice_is_told_before_a_run_folder_is_made(monkeypatch):
+    from trichord.core.errors import ConfigError
+    from trichord.layers.selection import select_kernels
+
+    monkeypatch.setenv("TRICHORD_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="auto, triton, reference, got 'fast'"):
+        select_kernels("auto")
