@@ -84,7 +84,13 @@ def write_draft(name: str, partition: str | None = None, folder: Path | None = N
     Raises:
         ConfigError: no Slurm here, no such partition, or the file exists.
     """
-    known = read_partitions(scheduler.run("sinfo", "--noheader", f"--format={_FORMAT}", tries=2))
+    try:
+        known = read_partitions(scheduler.run("sinfo", "--noheader", f"--format={_FORMAT}", tries=2))
+    except (ConfigError, scheduler.SchedulerError) as error:
+        raise ConfigError(
+            f"Slurm cannot be asked here: {error}\nrun this on a login node, or begin with a copy of an example in "
+            "configs/clusters/"
+        ) from error
     wanted = [entry for entry in known if partition in (None, entry.name)]
     if not wanted:
         names = ", ".join(sorted({entry.name for entry in known})) or "none"

@@ -67,7 +67,7 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     try:
         return run("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
     except SchedulerError as error:
-        raise ConfigError(f"Slurm does not take the job: {error}\nthe script is {script}") from error
+        raise ConfigError(f"Slurm does not take the job: {error}") from error
 
 
 def job_facts(job_id: str, tries: int = 3) -> dict[str, str]:

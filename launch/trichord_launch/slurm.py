@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -114,12 +115,21 @@ def submit(submission: Submission) -> list[str]:
         for _ in range(submission.links):
             after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
             job_ids.append(scheduler.submit(script, after))
+    except ConfigError:
+        if not job_ids:  # nothing was submitted: nothing is left of it
+            _remove(submission)
+        raise
     finally:
-        for number, (_, job) in enumerate(submission.runs):
+        for number, (_, job) in enumerate(submission.runs if job_ids else []):
             own = [f"{job_id}_{number}" for job_id in job_ids] if submission.grid else job_ids
             links = json.dumps({"job_ids": own, "time": time.time()}) + "\n"
             write_atomically(Path(job.submission) / LINKS_FILE, links)
     return job_ids
+
+
+def _remove(submission: Submission) -> None:
+    for folder in {submission.folder, *(Path(job.submission) for _, job in submission.runs)}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(submission: Submission, submitted: bool) -> str:
@@ -131,9 +141,21 @@ def describe(submission: Submission, submitted: bool) -> str:
     lines += [f"  {job.run_name:<24} {job.run_folder}" for job in runs]
     if submission.links > 1:
         lines.append(f"a chain of {submission.links} jobs")
+    lines += [idle for config, job in submission.runs if (idle := _idle_ranks(config, job))]
     if submitted:
         return "\n".join([*lines, f"follow it with: trichord-launch status {first.run_folder}"])
     return "\n".join([*lines, "only shown; submit it with --submit"])
+
+
+def _idle_ranks(config: RunConfig, job: SlurmJob) -> str:
+    """What is said where ranks would have no row of the global batch to compute."""
+    rows = config.batches.rows_per_step
+    if job.ranks <= rows:
+        return ""
+    return (
+        f"warning: {job.run_name} has batches.rows_per_step {rows}, so {job.ranks - rows} of {job.ranks} ranks would "
+        "idle; take fewer nodes, or more rows per step"
+    )
 
 
 def _run_of(

@@ -202,11 +202,25 @@ def test_a_grid_is_shown_as_an_array(config, cluster, tmp_path):
         (["--submit"], "sbatch is not on this machine"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_submitted(config, cluster, monkeypatch, arguments, message):
+def test_mistakes_are_told_before_anything_is_submitted(config, cluster, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("PATH", "/nowhere")
     result = invoke("slurm", config, "--cluster", cluster, *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+    assert list(tmp_path.glob("runs/*/submissions/*")) == [], "nothing is left of what was not submitted"
+
+
+def test_ranks_without_a_row_are_told(config, cluster):
+    few = invoke("slurm", config, "batches.rows_per_step=3", "--cluster", cluster, "--nodes", 2)
+    assert "rows_per_step 3, so 1 of 4 ranks would idle" in few.stderr
+    assert "idle" not in invoke("slurm", config, "batches.rows_per_step=4", "--cluster", cluster, "--nodes", 2).stderr
+
+
+def test_a_cluster_file_cannot_be_drafted_without_slurm(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    said = str(invoke("cluster", "new", "mine").exception)
+    assert "sinfo is not on this machine" in said
+    assert "on a login node, or begin with a copy of an example" in said
 
 
 def test_a_cluster_without_a_scheduler_is_told(config, cluster):

@@ -47,8 +47,9 @@ def run_guide_command(home, words: list[str]) -> str:
 def test_every_command_of_the_guide(home):
     told = commands()
     home.cluster.environment["FAKE_STEP_S"] = "0.3"
-    new, show, submit, status, logs, job_log, attach, shell, cancel, chain, grid = told
+    example, new, show, submit, status, logs, job_log, attach, shell, cancel, chain, grid = told
 
+    assert "1 run of 1 x 8 = 8 ranks" in run_guide_command(home, example)
     run_guide_command(home, new)
     drafted = load_cluster("mycluster.yaml")
     assert (drafted.nodes, drafted.gpus_per_node, drafted.slurm.partition) == (3, 2, "low")
