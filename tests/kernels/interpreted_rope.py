@@ -378,7 +378,7 @@ Q, P = torch.zeros(3, 2, 8), torch.zeros(3)
             ["even", "9", "TRICHORD_KERNELS"],
         ),
         ((Q.double(), Q.double(), P, torch.ones(4)), KernelError, ["float32, bfloat16 and float16", "float64"]),
-        ((Q, Q, P.to("meta"), torch.ones(4)), KernelError, ["one device", "cpu", "meta"]),
+        ((Q, Q, P.to("meta"), torch.ones(4)), ValueError, ["one device", "cpu", "meta"]),
         ((Q, Q, P[:2], torch.ones(4)), ValueError, ["rope: expected position_ids"]),
     ],
 )

@@ -91,7 +91,7 @@ def test_table_shows_the_row_and_says_it_is_not_timed() -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(KernelError, match="sm_80, sm_90, sm_100, gfx942, got sm_9"):
         static_report(["sm_90", "sm_9"])
-    with pytest.raises(KernelError, match=r"ops out of rms_norm.*, got norm"):
+    with pytest.raises(KernelError, match=r"ops out of attention, rms_norm.*, got norm"):
         static_report(["sm_90"], ["norm"])
 
 
