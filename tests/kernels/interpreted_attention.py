@@ -109,10 +109,6 @@ def test_scores_with_a_large_common_offset(record_property) -> None:
     _hold(case, record_property, tensors)
 
 
-def test_a_scale_of_0_is_the_mean(record_property) -> None:
-    _hold(Case((40,), scale=0.0), record_property)
-
-
 @pytest.mark.parametrize(
     "layout", ["heads_first", "heads_first_slice", "last_axis_strided", "odd_rows", "unaligned", "expanded"]
 )
@@ -316,7 +312,6 @@ def test_head_columns() -> None:
     [
         ({"head_dim": 257}, ["1 to 256", "257", "TRICHORD_KERNELS=reference"]),
         ({"dtype": torch.float64}, ["float32, bfloat16 and float16", "float64"]),
-        ({"scale": -1.0}, ["at least 0", "-1.0", "negate q"]),
     ],
 )
 def test_refuses_what_it_does_not_cover(change, words) -> None:
