@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
@@ -68,7 +67,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 def _is_finite(value: object) -> bool:
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
         return True
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # not math.isfinite, which breaks a compiled graph; of NaN and infinities the difference is NaN
+    return isinstance(value, Real) and not isinstance(value, bool) and value - value == 0
 
 
 def _shown(value: object) -> str:

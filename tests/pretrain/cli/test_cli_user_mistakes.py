@@ -171,7 +171,7 @@ DATASET = [
     ),
     Mistake("lint of no config", "data lint d.yaml", USAGE, "d.yaml: no such file"),
     Mistake(
-        "lint of a bare folder", "data lint bare", USAGE, "bare: expected a folder that holds .tar", put("bare/x", "")
+        "index of a bare folder", "data index bare", DATA, "bare: expected a folder that holds .tar", put("bare/x", "")
     ),
     Mistake("stats of no shards", "data stats none/*.tar --workers 1", DATA, "no shard matches"),
     Mistake("balance of one class", "data stats shards --balance-by kind --workers 1", USAGE, "at least two classes"),
