@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from trichord.core.errors import DataError
@@ -31,7 +32,8 @@ def test_many_cases_end_in_samples_quarantine_or_a_message(tmp_path):
     report = run_campaign(300, seed=4, workers=2, out=tmp_path / "findings")
     assert report.findings == []
     assert report.cases == 300
-    assert report.peak_mib < 1200
+    inherited = psutil.Process().memory_info().rss / 2**20  # its processes are forks of this one
+    assert report.peak_mib < inherited + 1200
 
 
 @pytest.mark.slow
