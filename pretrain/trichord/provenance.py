@@ -18,6 +18,7 @@ from trichord.batches.order import data_identity, lane_planner
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.windows import SamplePlanner
 from trichord.checkpoints.load import incomplete_reason, read_facts
+from trichord.checkpoints.save import step_folders
 from trichord.config.identity import read_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
@@ -75,20 +76,20 @@ def samples_of_step(
         ConfigError: no such step or lane.
     """
     newest = read_run_config(run)
-    before, behind = _checkpoints_around(run, step)
-    config = _config_of(behind, newest)
+    before, behind = (None if path is None else read_facts(path) for path in _checkpoints_around(run, step))
+    # What the attempt that made the step was told: weights may have changed since.
+    config = newest if behind is None else stored_config(behind.folder, behind.train_state["config"])
     planner = _planner(run, config)
     order = lane_planner(config.shards, planner, config.run.seed)
     numbers = _lanes(lanes, config.batches.num_lanes)
-    start = None if before is None else read_facts(before).loader
-    if start is None:
-        start = LoaderState(
-            0,
-            {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)},
-            data_identity(config.shards, planner, config.run.seed),
-        )
-    start.check_fits(data_identity(config.shards, planner, config.run.seed))
-    goal = None if behind is None or not verify else read_facts(behind).loader
+    identity = data_identity(config.shards, planner, config.run.seed)
+    if before is None:
+        first = {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)}
+        start = LoaderState(0, first, identity)
+    else:
+        start = before.loader
+    start.check_fits(identity)
+    goal = behind.loader if behind is not None and verify else None
     bad = _left_out(run, step)
     samples: list[UsedSample] = []
     per_lane = config.batches.rows_per_lane
@@ -111,11 +112,8 @@ def samples_of_step(
 
 def _checkpoints_around(run: Path, step: int) -> tuple[Path | None, Path | None]:
     """The newest checkpoint before the step, and the oldest that has it behind it."""
-    steps = {
-        int(path.name.removeprefix("step-")): path
-        for path in (run / "checkpoints").glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and incomplete_reason(path) is None
-    }
+    found = step_folders(run / "checkpoints")
+    steps = {number: path for number, path in found.items() if incomplete_reason(path) is None}
     if step < 1:
         raise ConfigError(f"--step: expected 1 or more, as in metrics.jsonl, got {step}")
     last = max([_last_step(run), *steps], default=0)
@@ -132,11 +130,6 @@ def _last_step(run: Path) -> int:
         return max((int(json.loads(line)["step"]) for line in lines[-10:]), default=0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def _config_of(behind: Path | None, newest: RunConfig) -> RunConfig:
-    """What the attempt that made the step was told: weights may have changed since."""
-    return newest if behind is None else stored_config(behind, read_facts(behind).train_state["config"])
 
 
 def _planner(run: Path, config: RunConfig) -> SamplePlanner:

@@ -98,7 +98,7 @@ def attention(
     required = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q}
     optional = {"cu_seqlens_k": cu_seqlens_k, "span_ends": span_ends, "seqused_k": seqused_k}
     require_tensors("attention", required, optional)
-    require_above_zero("attention", scale=scale, softcap=softcap)
+    require_above_zero("attention", scale=scale)
     require_integers("attention", window=window)
     run = op.attention if through_op(q.device) else reference.attention
     return run(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
 from trichord_kernels import reference
-from trichord_kernels.dispatch import HAS_TRITON, choose_backend
+from trichord_kernels.dispatch import HAS_TRITON, through_op
 from trichord_kernels.operands import require_tensors
 from trichord_kernels.reference.contrastive_gradients import ContrastiveGradients
 
@@ -95,11 +94,9 @@ def contrastive_loss(
     optional = {"logit_bias": logit_bias, "query_groups": query_groups, "target_groups": target_groups}
     optional |= {"query_valid": query_valid, "target_valid": target_valid}
     require_tensors("contrastive_loss", required, optional)
-    uses_reference = choose_backend(queries.device) == "reference"
     # The twin loops over blocks: inside a graph it goes through the opaque op instead.
-    is_traced = HAS_TRITON and torch.compiler.is_compiling()
-    function = reference.contrastive_loss if uses_reference and not is_traced else op.contrastive_loss
-    return function(
+    run = op.contrastive_loss if through_op(queries.device) else reference.contrastive_loss
+    return run(
         queries,
         targets,
         logit_scale,

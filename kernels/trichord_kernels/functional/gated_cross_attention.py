@@ -42,7 +42,7 @@ def gated_cross_attention(
     required = {"hidden": hidden, "q": q, "k": k, "v": v, "gate": gate}
     required |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     require_tensors("gated_cross_attention", required, {"seqused_k": seqused_k})
-    require_above_zero("gated_cross_attention", scale=scale, softcap=softcap)
+    require_above_zero("gated_cross_attention", scale=scale)
     run = op.gated_cross_attention if through_op(q.device) else reference.gated_cross_attention
     return run(
         hidden,

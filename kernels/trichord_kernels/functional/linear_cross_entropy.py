@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trichord_kernels import reference
-from trichord_kernels.dispatch import HAS_TRITON, choose_backend
-from trichord_kernels.operands import (
-    require_above_zero,
-    require_floats,
-    require_integers,
-    require_not_negative,
-    require_tensors,
-)
+from trichord_kernels.dispatch import HAS_TRITON, through_op
+from trichord_kernels.operands import require_floats, require_integers, require_tensors
 
 if HAS_TRITON:
     from trichord_kernels.ops import linear_cross_entropy as op
@@ -52,14 +45,10 @@ def linear_cross_entropy(
     required = {"hidden": hidden, "weight": weight, "labels": labels}
     require_tensors("linear_cross_entropy", required, {"bias": bias, "token_weights": token_weights})
     require_floats("linear_cross_entropy", "hidden", hidden)
-    require_above_zero("linear_cross_entropy", softcap=softcap)
-    require_not_negative("linear_cross_entropy", z_loss=z_loss, label_smoothing=label_smoothing)
     require_integers("linear_cross_entropy", ignore_index=ignore_index, num_labelled=num_labelled)
-    uses_reference = choose_backend(hidden.device) == "reference"
-    # The twin reads on the host how many rows have a label: a graph, or a tensor without data, needs the opaque op.
-    is_traced = torch.compiler.is_compiling() or hidden.device.type == "meta"
-    function = reference.linear_cross_entropy if uses_reference and not (is_traced and HAS_TRITON) else None
-    return (function or op.linear_cross_entropy)(
+    # The twin reads on the host how many rows have a label.
+    run = op.linear_cross_entropy if through_op(hidden.device) else reference.linear_cross_entropy
+    return run(
         hidden,
         weight,
         labels,

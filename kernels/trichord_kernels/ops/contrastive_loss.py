@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from trichord_kernels.dispatch import choose_backend
+from trichord_kernels.operands import autocast_is_on
 from trichord_kernels.ops.contrastive_loss_backward import row_gradients
 from trichord_kernels.ops.contrastive_loss_forward import row_statistics
 from trichord_kernels.ops.launch import check_row_operands
-from trichord_kernels.reference.contrastive_blocks import Pairing, SideGradients, is_autocast_on, part_of
+from trichord_kernels.reference.contrastive_blocks import Pairing, SideGradients, part_of
 from trichord_kernels.reference.contrastive_gradients import (
     ContrastiveGradients,
     as_given,
@@ -214,7 +215,7 @@ def contrastive_loss(
     return_gradients: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveGradients]:
     """The Triton path of `trichord_kernels.contrastive_loss`, which documents it."""
-    if is_autocast_on(queries.device):
+    if autocast_is_on(queries.device.type):
         queries, targets = queries.float(), targets.float()
     slots = Slots(query_groups, target_groups, query_valid, target_valid)
     check_operands(queries, targets, logit_scale, logit_bias, kind, has_columns(kind, symmetric))

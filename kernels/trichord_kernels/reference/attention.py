@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trichord_kernels.operands import autocast_is_on, without_autocast
+from trichord_kernels.operands import autocast_is_on, require_above_zero, without_autocast
 from trichord_kernels.reference.visibility import key_intervals
 
 _MASK_ROWS = 256  # query rows per masked call: intervals of near rows are near, so few masked pairs are computed
@@ -323,8 +323,7 @@ def check_operands(
     _check_integers(name, "span_ends", span_ends, (q.shape[0],), q.device)
     if window is not None and window < 1:
         raise ValueError(f"{name}: expected window to be None or at least 1, got {window}; 1 is the query itself only")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{name}: expected softcap to be None or above 0, got {softcap}; None switches it off")
+    require_above_zero(name, softcap=softcap)
     if dropout:
         raise ValueError(f"{name}: expected dropout 0, got {dropout}; attention dropout is not offered, set it to 0")
 

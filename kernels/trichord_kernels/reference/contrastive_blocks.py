@@ -20,14 +20,13 @@ Shapes: R rows (x), C candidates (y), E features. Accumulation: float32, float64
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trichord_kernels.operands import autocast_is_on, without_autocast
+from trichord_kernels.operands import without_autocast
 
 LOWEST = -1e30  # a finite floor of `shift`: differences of two of them are 0, not NaN
 # Logits of one block: 4 MiB in float32, where the passes over a block still find much of it in a CPU's cache. A block
@@ -77,7 +76,7 @@ def statistics(pairing: Pairing, columns: bool = False) -> tuple[Tensor, Tensor]
     p = pairing.widened()
     row_stats = empty_statistics(p.x, p.kind)
     column_stats = empty_statistics(p.y if columns else p.y[:0], "infonce")
-    with _in_full_precision(p):
+    with without_autocast(p.x.device.type):
         for rows, logits, positive in _blocks(p):
             row_stats[:, rows] = _row_statistics(logits, positive, p.kind)
             if columns:
@@ -144,7 +143,7 @@ def gradients(
     p = pairing.widened()
     dx, dy = torch.zeros_like(p.x), torch.zeros_like(p.y) if want_y else None
     d_bias = p.x.new_zeros(())
-    with _in_full_precision(p):
+    with without_autocast(p.x.device.type):
         for rows, logits, positive in _blocks(p):
             own = x_part(rows, logits, positive) if callable(x_part) else None if x_part is None else x_part[:, rows]
             grad = _logit_gradient(logits, positive, own, y_part, p.kind)
@@ -168,15 +167,6 @@ def loss_and_gradients(pairing: Pairing) -> tuple[Tensor, SideGradients]:
 
     grads = gradients(pairing, part_of_block, None)
     return torch.stack(losses).sum(), grads
-
-
-def is_autocast_on(device: torch.device) -> bool:
-    return device.type != "meta" and autocast_is_on(device.type)
-
-
-def _in_full_precision(p: Pairing) -> AbstractContextManager:
-    """Autocast would make the products of a block in half precision."""
-    return without_autocast(p.x.device.type) if is_autocast_on(p.x.device) else nullcontext()
 
 
 def _blocks(p: Pairing) -> Iterator[tuple[slice, Tensor, Tensor]]:

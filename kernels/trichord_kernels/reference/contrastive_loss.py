@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trichord_kernels.operands import autocast_is_on
 from trichord_kernels.reference import contrastive_blocks as blocks
 from trichord_kernels.reference.contrastive_blocks import Pairing, SideGradients, part_of
 from trichord_kernels.reference.contrastive_gradients import (
@@ -43,7 +44,7 @@ def contrastive_loss(
     return_gradients: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveGradients]:
     """Shapes, dtypes, formulas and results as the public `trichord_kernels.contrastive_loss`; float64 is taken, too."""
-    if blocks.is_autocast_on(queries.device):
+    if autocast_is_on(queries.device.type):
         queries, targets = queries.float(), targets.float()
     slots = Slots(query_groups, target_groups, query_valid, target_valid)
     check_operands(queries, targets, logit_scale, logit_bias, kind, has_columns(kind, symmetric))

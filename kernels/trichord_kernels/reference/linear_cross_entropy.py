@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trichord_kernels.operands import without_autocast
+from trichord_kernels.operands import autocast_is_on, require_above_zero, require_not_negative, without_autocast
 from trichord_kernels.reference.linear_cross_entropy_chunks import (
     LossOptions,
     Projection,
@@ -126,9 +126,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def compute_dtype_of(hidden: Tensor) -> torch.dtype | None:
     """What torch's own linear would compute in: autocast's dtype where it is on (float64 stays), else None."""
     device_type = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if hidden.dtype == torch.float64 or not autocast_is_on(device_type):
         return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return torch.get_autocast_dtype(device_type)
 
 
 def labelled_rows(labels: Tensor, ignore_index: int, num_labelled: int | None) -> Tensor | None:
@@ -209,7 +209,7 @@ def check_operands(
         raise ValueError(f"{name} reduction of {', '.join(REDUCTIONS)}, got {reduction!r}; use one of these")
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"{name} label_smoothing in 0..1, got {options.label_smoothing}; 0 turns it off")
-    if options.softcap is not None and options.softcap <= 0:
-        raise ValueError(f"{name} softcap above 0 or None, got {options.softcap}; None turns it off")
+    require_above_zero("linear_cross_entropy", softcap=options.softcap)
+    require_not_negative("linear_cross_entropy", z_loss=options.z_loss)
     if num_labelled is not None and num_labelled < 0:
         raise ValueError(f"{name} num_labelled of at least 0, got {num_labelled}; None: not known to the host")

@@ -5,7 +5,6 @@ Each check goes on where the one before it failed, as far as it can, so that one
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from trichord.batches.loader import LoaderState
 from trichord.checkpoints.load import incomplete_reason
+from trichord.checkpoints.save import step_folders
 from trichord.checkpoints.slices import (
     FORMAT,
     INDEX_FILE,
@@ -71,14 +71,16 @@ def examine(
         on_progress: called for each file of the manifest.
     """
     folder = Path(folder)
-    complete = _complete(folder)
-    findings = [complete]
     if not (folder / MANIFEST_FILE).is_file():
-        return findings
-    findings.append(_hashes(folder, on_progress))
-    findings.append(_no_code(folder))
-    findings.append(_train_state(folder))
-    findings.append(_loader_state(folder))
+        return [Finding("complete", "fail", str(incomplete_reason(folder)), _earlier(folder))]
+    manifest = _read_manifest(folder)
+    findings = [
+        _complete(folder, manifest),
+        _hashes(folder, manifest, on_progress),
+        _no_code(folder),
+        _train_state(folder, manifest),
+        _loader_state(folder, manifest),
+    ]
     try:
         index = _read_index(folder)
     except CheckpointError as error:
@@ -102,9 +104,8 @@ def find_patient(path: Path) -> Path:
             raise CheckpointError(f"{path} is no folder")
         return path
     for folder in (path, path / "checkpoints"):
-        steps = sorted(p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
-        if steps:
-            return steps[-1]
+        if steps := step_folders(folder):
+            return steps[max(steps)]
     raise CheckpointError(f"{path} is no checkpoint and no run folder with one: expected {path}/checkpoints/step-*/")
 
 
@@ -114,36 +115,38 @@ def worst(findings: list[Finding]) -> Verdict:
     return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
-def _complete(folder: Path) -> Finding:
-    if (folder / MANIFEST_FILE).is_file() and not _names_files(folder):
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; empty where it names no files."""
+    try:
+        manifest = read_json(folder / MANIFEST_FILE)
+        return manifest if manifest["files"] else {}
+    except (CheckpointError, KeyError, TypeError):
+        return {}
+
+
+def _complete(folder: Path, manifest: dict[str, Any]) -> Finding:
+    if not manifest:
         return Finding("complete", "fail", f"{MANIFEST_FILE} is damaged: it names no files", _earlier(folder))
     problem = incomplete_reason(folder)
     if problem is not None:
         return Finding("complete", "fail", problem, _earlier(folder))
-    listed = set(read_json(folder / MANIFEST_FILE)["files"])
+    listed = set(manifest["files"])
     strange = sorted(path.name for path in folder.iterdir() if path.name not in listed | {MANIFEST_FILE})
     if strange:
         return Finding("complete", "warn", f"not in the manifest: {_some(strange)}", "remove what is not yours")
     return Finding("complete", "pass", f"{len(listed)} files of the sizes that the manifest names")
 
 
-def _names_files(folder: Path) -> bool:
+def _hashes(folder: Path, manifest: dict[str, Any], on_progress: Callable[[], None]) -> Finding:
     try:
-        return bool(read_json(folder / MANIFEST_FILE)["files"])
-    except (CheckpointError, KeyError, TypeError):
-        return False
-
-
-def _hashes(folder: Path, on_progress: Callable[[], None]) -> Finding:
-    try:
-        files = dict(read_json(folder / MANIFEST_FILE)["files"])
+        files = dict(manifest["files"])
         wrong = []
         for name, facts in files.items():
             path = folder / name
             if path.is_file() and hash_file(path) != facts["blake2b"]:
                 wrong.append(name)
             on_progress()
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         return Finding("hashes", "fail", f"the manifest cannot be used: {error}", _earlier(folder))
     if wrong:
         return Finding("hashes", "fail", f"bytes have changed since the save: {_some(wrong)}", _earlier(folder))
@@ -157,7 +160,7 @@ def _no_code(folder: Path) -> Finding:
     return Finding("no code", "pass", "JSON and safetensors only; nothing was executed")
 
 
-def _train_state(folder: Path) -> Finding:
+def _train_state(folder: Path, manifest: dict[str, Any]) -> Finding:
     try:
         state = read_json(folder / TRAIN_STATE_FILE)
     except CheckpointError as error:
@@ -166,8 +169,8 @@ def _train_state(folder: Path) -> Finding:
     if missing:
         return Finding("training state", "fail", f"{TRAIN_STATE_FILE} lacks {_some(missing)}", _earlier(folder))
     steps = {TRAIN_STATE_FILE: state["step"]}
-    if _names_files(folder):
-        steps[MANIFEST_FILE] = _manifest_step(folder)
+    if manifest:
+        steps[MANIFEST_FILE] = manifest.get("step")
     if folder.name.removeprefix("step-").isdigit():
         steps["the folder's name"] = int(folder.name.removeprefix("step-"))
     if len(set(map(str, steps.values()))) > 1:
@@ -176,19 +179,16 @@ def _train_state(folder: Path) -> Finding:
     return Finding("training state", "pass", f"step {state['step']}, {state['optimizer_step']} optimizer updates")
 
 
-def _loader_state(folder: Path) -> Finding:
+def _loader_state(folder: Path, manifest: dict[str, Any]) -> Finding:
     try:
         loader = LoaderState.from_json(read_json(folder / LOADER_FILE))
         digest = loader.digest()
     except (TrichordError, KeyError, TypeError, ValueError, AttributeError) as error:
         return Finding("loader state", "fail", f"{type(error).__name__}: {error}", _earlier(folder))
-    try:
-        stored = read_json(folder / MANIFEST_FILE).get("data_digest")
-    except (CheckpointError, AttributeError):
-        stored = None
-    if loader.step != _manifest_step(folder):
-        detail = f"it is of step {loader.step}, the manifest of {_manifest_step(folder)}"
+    if loader.step != manifest.get("step"):
+        detail = f"it is of step {loader.step}, the manifest of {manifest.get('step')}"
         return Finding("loader state", "fail", detail, _earlier(folder))
+    stored = manifest.get("data_digest")
     if stored != digest:
         return Finding("loader state", "fail", f"data digest {digest}, the manifest says {stored}", _earlier(folder))
     return Finding("loader state", "pass", f"{len(loader.lanes)} lanes after {loader.step} steps, digest {digest[:16]}")
@@ -334,20 +334,10 @@ def _pieces(index: dict[str, Any]) -> Iterator[tuple[str, str, int, int, str]]:
                 yield name, kind, int(start), int(count), Path(str(file)).name
 
 
-def _manifest_step(folder: Path) -> Any:
-    try:
-        return json.loads((folder / MANIFEST_FILE).read_text()).get("step")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def _earlier(folder: Path) -> str:
     """What to do about a damaged checkpoint: what else is there."""
-    others = sorted(
-        path.name
-        for path in folder.parent.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and path.name != folder.name and incomplete_reason(path) is None
-    )
+    beside = step_folders(folder.parent).values()
+    others = [path.name for path in beside if path.name != folder.name and incomplete_reason(path) is None]
     there = f"go on from {others[-1]} (remove or move this folder)" if others else "there is no other one beside it"
     return f"copy a whole one back, or {there}"
 

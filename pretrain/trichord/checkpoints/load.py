@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trichord.batches.loader import LoaderState
-from trichord.checkpoints.save import checkpoint_name
+from trichord.checkpoints.save import checkpoint_name, step_folders
 from trichord.checkpoints.slices import (
     LOADER_FILE,
     MANIFEST_FILE,
@@ -72,8 +72,7 @@ def find_resumable(folder: Path) -> Path | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    steps = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(steps, reverse=True)
+    return list(reversed(step_folders(folder).values()))
 
 
 def find_step(folder: Path, step: int) -> Path:

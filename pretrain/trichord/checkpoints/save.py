@@ -43,6 +43,12 @@ log = get_logger(__name__)
 LATEST_FILE = "latest"
 
 
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Step -> folder of all checkpoints below `runs/NAME/checkpoints`, whole or not, oldest first."""
+    named = {path: path.name.removeprefix("step-") for path in sorted(Path(folder).glob("step-*"))}
+    return {int(step): path for path, step in named.items() if step.isdigit()}
+
+
 def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
@@ -236,7 +242,7 @@ class CheckpointSaver:
         fsync_folder(self.folder)
 
     def _remove_old(self) -> None:
-        kept = sorted(path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+        kept = list(step_folders(self.folder).values())
         for path in kept[: -self.config.keep_last]:
             # The name goes first: a half-removed folder must not look like a checkpoint.
             doomed = path.with_name(f"{path.name}.partial-removed")

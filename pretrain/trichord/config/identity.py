@@ -17,7 +17,8 @@ from trichord.config.load import load_run_config, resolved_yaml
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.status import current_attempt, write_atomically
-from trichord.engine.config import RoomName, RoomRates
+from trichord.engine.config import RoomRates
+from trichord.fusion.config import RoomName
 
 # Keys that may differ between a run and its continuation; `*` is any one part, a trailing `**` anything below.
 # They say how the work is laid out, how long it goes, how fast it learns, and what is recorded. Everything else decides

@@ -6,8 +6,7 @@ from pydantic import Field, model_validator
 
 from trichord.core.leaf import Leaf
 from trichord.core.schedule import ScheduleName
-
-RoomName = Literal["vision", "audio", "text", "connector", "trunk", "heads"]
+from trichord.fusion.config import RoomName
 
 
 class RoomRates(Leaf):

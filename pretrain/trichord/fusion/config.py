@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from trichord.core.leaf import Leaf
 
+RoomName = Literal["vision", "audio", "text", "connector", "trunk", "heads"]
+"""The parts of the model, by which parameters are counted, loaded and learn."""
+
 
 class TrunkConfig(Leaf):
     """A transformers causal language model, built from these numbers or from a released checkpoint."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from trichord.encoders.config import EncodersConfig
 from trichord.encoders.padding import flatten_items, masked_mean
 from trichord.encoders.text import TextTower
 from trichord.encoders.vision import VisionTower
-from trichord.fusion.config import FusionConfig
+from trichord.fusion.config import FusionConfig, RoomName
 from trichord.fusion.connector import Connector
 from trichord.fusion.late import EmbeddingHead, LogitScale
 from trichord.fusion.splice import rows_in_stream, select_rows, splice
@@ -34,7 +35,7 @@ from trichord.layers.selection import select_kernels
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
 
-ROOMS = ("vision", "audio", "text", "connector", "trunk", "heads")
+ROOMS: tuple[RoomName, ...] = get_args(RoomName)
 _ROOM_OF = {"connectors": "connector", "logit_scale": "heads"}
 
 

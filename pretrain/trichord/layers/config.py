@@ -4,9 +4,11 @@ from typing import Literal
 
 from trichord.core.leaf import Leaf
 
+KernelChoice = Literal["auto", "triton", "reference"]
+
 
 class LayersConfig(Leaf):
     """Kernel selection. TRICHORD_KERNELS in the environment overrides it."""
 
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: KernelChoice = "auto"
     """auto: Triton on a GPU, plain torch elsewhere."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import get_args
 
 from trichord.core.errors import ConfigError
+from trichord.layers.config import KernelChoice
 
 ENVIRONMENT = "TRICHORD_KERNELS"
-CHOICES = ("auto", "triton", "reference")
+CHOICES: tuple[KernelChoice, ...] = get_args(KernelChoice)
 
 
 def select_kernels(choice: str) -> None:

@@ -10,7 +10,6 @@ A split is world size, ZeRO stage and thread count: another one adds up gradient
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 import time
@@ -92,6 +91,11 @@ class Trial:
         folder.mkdir(parents=True, exist_ok=True)
         self.seconds = self._train_undisturbed()
 
+    @property
+    def tolerance(self) -> float:
+        """What losses may differ by on another split, relative."""
+        return TOLERANCE.get(self.config.engine.precision, LOW_PRECISION_TOLERANCE)
+
     def arguments(self, name: str, split: Split) -> list[str]:
         return [
             *self._words,
@@ -144,9 +148,8 @@ class Trial:
         faults = [] if data_equal else ["the samples were others"]
         if same and (largest or not state_equal):
             faults.append("not equal bit for bit on the same split")
-        limit = TOLERANCE.get(self.config.engine.precision, LOW_PRECISION_TOLERANCE)
-        if not largest <= limit:
-            faults.append(f"losses differ by {largest:.1e}, allowed {limit:.0e}")
+        if not largest <= self.tolerance:
+            faults.append(f"losses differ by {largest:.1e}, allowed {self.tolerance:.0e}")
         return Case(how, str(split), step, largest, data_equal, state_equal, tuple(faults))
 
     def _log(self, name: str) -> Path:
@@ -215,16 +218,11 @@ def random_split(trial: Trial, rng: random.Random) -> Split:
 
 
 def to_json(trial: Trial, cases: Sequence[Case]) -> dict[str, Any]:
-    return json.loads(
-        json.dumps(
-            {
-                "config": trial.config.run.name,
-                "steps": trial.steps,
-                "split": str(trial.split),
-                "tolerance": TOLERANCE.get(trial.config.engine.precision, LOW_PRECISION_TOLERANCE),
-                "cases": [asdict(case) for case in cases],
-                "passed": not any(case.faults for case in cases),
-            },
-            default=str,
-        )
-    )
+    return {
+        "config": trial.config.run.name,
+        "steps": trial.steps,
+        "split": str(trial.split),
+        "tolerance": trial.tolerance,
+        "cases": [asdict(case) for case in cases],
+        "passed": not any(case.faults for case in cases),
+    }
