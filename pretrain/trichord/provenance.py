@@ -17,8 +17,8 @@ from trichord.batches.loader_state import LaneCursor, LoaderState
 from trichord.batches.order import data_identity, lane_planner
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.windows import SamplePlanner
-from trichord.checkpoints.load import incomplete_reason, read_facts
-from trichord.checkpoints.save import step_folders
+from trichord.checkpoints.load import read_facts
+from trichord.checkpoints.manifest import incomplete_reason, step_folders
 from trichord.config.identity import read_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError

@@ -12,7 +12,7 @@ from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import ItemLengths
 from trichord.checkpoints.doctor import ExpectedModel
 from trichord.checkpoints.load import check_shapes, load_weights, read_train_state, resolve_checkpoint
-from trichord.checkpoints.slices import TRAIN_STATE_FILE, read_json
+from trichord.checkpoints.manifest import TRAIN_STATE_FILE, read_json
 from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, TrichordError
 from trichord.encoders.lengths import audio_tokens, image_grid
@@ -36,11 +36,12 @@ class Restored:
     folder: Path
 
 
-def restore(path: Path) -> Restored:
-    """Load the model of a checkpoint folder, or of a run folder's newest checkpoint.
+def restore(path: Path, ema: bool = False) -> Restored:
+    """Load the model of a checkpoint folder, or of a run folder's newest checkpoint. ema: with the average of its
+    weights.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or this version cannot build its model.
+        CheckpointError: there is none, it is damaged, this version cannot build its model, or it has no average.
     """
     folder = resolve_checkpoint(path)
     facts = read_train_state(folder)
@@ -48,7 +49,7 @@ def restore(path: Path) -> Restored:
     tokenizer_folder = _tokenizer_of(folder, config)
     tokenizer = load_tokenizer(tokenizer_folder)
     model = build_from_config(config, tokenizer, random_weights=False)
-    weights = load_weights(folder)
+    weights = load_weights(folder, ema)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     check_shapes(folder, {name: tuple(weight.shape) for name, weight in weights.items()}, shapes)
     with torch.no_grad():

@@ -13,7 +13,8 @@ from ranks import RankError, run_ranks
 from trichord.batches.loader_state import LaneCursor, LoaderState
 from trichord.checkpoints import save
 from trichord.checkpoints.config import CheckpointsConfig
-from trichord.checkpoints.load import find_latest, incomplete_reason, load_into
+from trichord.checkpoints.load import find_latest, load_into
+from trichord.checkpoints.manifest import incomplete_reason
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_fill
 from trichord.engine.config import EngineConfig

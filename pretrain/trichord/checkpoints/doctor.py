@@ -17,18 +17,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trichord.batches.loader import LoaderState
-from trichord.checkpoints.load import incomplete_reason
-from trichord.checkpoints.save import step_folders
-from trichord.checkpoints.slices import (
+from trichord.checkpoints.manifest import (
     FORMAT,
     INDEX_FILE,
     LOADER_FILE,
     MANIFEST_FILE,
     TRAIN_STATE_FILE,
     hash_file,
+    incomplete_reason,
     read_json,
-    slice_key,
+    step_folders,
 )
+from trichord.checkpoints.slices import slice_key
 from trichord.checkpoints.state import WEIGHT
 from trichord.core.errors import CheckpointError, TrichordError
 

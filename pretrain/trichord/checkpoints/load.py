@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from trichord.batches.loader import LoaderState
-from trichord.checkpoints.save import checkpoint_name, step_folders
-from trichord.checkpoints.slices import (
+from trichord.checkpoints.manifest import (
     LOADER_FILE,
     MANIFEST_FILE,
     TRAIN_STATE_FILE,
-    SliceReader,
-    read_json,
+    checkpoint_name,
+    incomplete_reason,
     read_verified_json,
+    step_folders,
 )
+from trichord.checkpoints.slices import SliceReader
 from trichord.checkpoints.state import (
     WEIGHT,
     create_optimizer_state,
@@ -28,6 +29,7 @@ from trichord.checkpoints.state import (
 )
 from trichord.core.errors import CheckpointError
 from trichord.core.log import get_logger
+from trichord.engine.ema import AVERAGE
 
 log = get_logger(__name__)
 
@@ -108,21 +110,6 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} is no checkpoint and no run folder with one: expected {path}/checkpoints/step-*/")
 
 
-def incomplete_reason(path: Path) -> str | None:
-    """Why a folder is no complete checkpoint; None if it is one. Checks names and sizes, not hashes."""
-    if not (path / MANIFEST_FILE).exists():
-        return "no manifest.json" if path.exists() else "does not exist"
-    try:
-        files = read_json(path / MANIFEST_FILE)["files"]
-        for name, facts in files.items():
-            size = (path / name).stat().st_size
-            if size != facts["size"]:
-                return f"{name} has {size} bytes, the manifest says {facts['size']}"
-    except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
 def read_train_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config."""
     return read_verified_json(folder, TRAIN_STATE_FILE)
@@ -146,20 +133,43 @@ def load_into(engine: Any, folder: Path) -> LoadedState:
     facts = read_facts(folder)
     shapes = {name: parameter_shape(p) for name, p in named_parameters(engine)}
     check_shapes(folder, reader.shapes, shapes)
-    kinds = [kind for kind in reader.kinds() if kind != WEIGHT]
-    if kinds and facts.train_state["optimizer_step"] > 0:
-        create_optimizer_state(engine, kinds, facts.train_state["optimizer_step"])
+    if facts.train_state["optimizer_step"] > 0:
+        create_optimizer_state(engine, reader.index["slices"], facts.train_state["optimizer_step"])
+    averaged = AVERAGE in reader.kinds()
     for piece in slices_to_fill(engine):
         for kind, live in piece.tensors.items():
-            live.copy_(reader.read(piece.name, kind, piece.start, piece.numel))
+            stored = WEIGHT if kind == AVERAGE and not averaged else kind  # an average starts from the weights
+            live.copy_(reader.read(piece.name, stored, piece.start, piece.numel))
     refresh_parameters(engine)
+    _tell_average(folder, averaged, engine.weight_average is not None)
     return facts
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All parameters whole, fp32, on the CPU: for evaluation, export and new runs."""
+def _tell_average(folder: Path, stored: bool, wanted: bool) -> None:
+    """What becomes of the average of weights, where the run and the checkpoint differ about it."""
+    if wanted and not stored:
+        log.info("%s has no average of weights: engine.ema_decay starts one from its weights", folder)
+    elif stored and not wanted:
+        log.info("%s has an average of weights, which ends here: engine.ema_decay is not set", folder)
+
+
+def load_weights(folder: Path, ema: bool = False) -> dict[str, Tensor]:
+    """All parameters whole, fp32, on the CPU: for evaluation, export and new runs.
+
+    ema: the average of those that learn instead; frozen ones have none.
+
+    Raises:
+        CheckpointError: damaged; or an average is asked for, and the run made none.
+    """
     reader = SliceReader(folder)
-    return {name: reader.read_full(name) for name in reader.shapes}
+    if not ema:
+        return {name: reader.read_full(name) for name in reader.shapes}
+    if AVERAGE not in reader.kinds():
+        raise CheckpointError(
+            f"{folder} has no average of weights: its run had no engine.ema_decay; leave --ema out to take the weights"
+        )
+    frozen = {name for name, facts in reader.index["params"].items() if facts["group"] is None}
+    return {name: reader.read_full(name, WEIGHT if name in frozen else AVERAGE) for name in reader.shapes}
 
 
 def check_shapes(folder: Path, stored: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> None:

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from trichord.batches.loader import LoaderState
 from trichord.checkpoints.config import CheckpointsConfig
-from trichord.checkpoints.slices import (
+from trichord.checkpoints.manifest import (
     FORMAT,
     INDEX_FILE,
     LOADER_FILE,
     MANIFEST_FILE,
     TRAIN_STATE_FILE,
+    checkpoint_name,
     hash_file,
-    rank_file,
-    slice_key,
-    write_safetensors,
+    step_folders,
 )
+from trichord.checkpoints.slices import rank_file, slice_key, write_safetensors
 from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_save
 from trichord.core.errors import CheckpointError
 from trichord.core.log import get_logger
@@ -41,16 +41,6 @@ from trichord.core.status import fsync_folder, write_atomically
 log = get_logger(__name__)
 
 LATEST_FILE = "latest"
-
-
-def step_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of all checkpoints below `runs/NAME/checkpoints`, whole or not, oldest first."""
-    named = {path: path.name.removeprefix("step-") for path in sorted(Path(folder).glob("step-*"))}
-    return {int(step): path for path, step in named.items() if step.isdigit()}
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 @dataclass

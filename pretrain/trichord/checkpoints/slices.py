@@ -14,13 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from trichord.checkpoints.manifest import FORMAT, INDEX_FILE, read_verified_json, verify_file
 from trichord.core.errors import CheckpointError
-
-FORMAT = 1
-INDEX_FILE = "index.json"
-MANIFEST_FILE = "manifest.json"
-TRAIN_STATE_FILE = "train_state.json"
-LOADER_FILE = "loader.json"
 
 
 def rank_file(rank: int) -> str:
@@ -60,15 +55,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(head) + offset, digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """BLAKE2b hex digest (16 bytes) of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class SliceReader:
@@ -129,39 +115,3 @@ class SliceReader:
             except Exception as error:
                 raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from error
         return self._files[file]
-
-
-def verify_file(folder: Path, name: str) -> None:
-    """Compare a file's bytes with the hash in the manifest. Reads the whole file once.
-
-    Raises:
-        CheckpointError: they differ, or the manifest does not know the file.
-    """
-    try:
-        expected = read_json(folder / MANIFEST_FILE)["files"][name]["blake2b"]
-        found = hash_file(folder / name)
-    except (KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{folder / name}: {type(error).__name__}: {error}; the checkpoint is damaged") from error
-    if found != expected:
-        raise CheckpointError(
-            f"{folder / name} has the hash {found}, the manifest says {expected}: its bytes have changed since it was "
-            f"written. Copy a whole one back, or remove {folder} to go on from the checkpoint before it"
-        )
-
-
-def read_verified_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint, its hash checked first."""
-    verify_file(folder, name)
-    return read_json(folder / name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; the checkpoint is incomplete or damaged") from error

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from trichord.checkpoints.load import find_latest, resolve_checkpoint
-from trichord.checkpoints.slices import MANIFEST_FILE, SliceReader, read_json
+from trichord.checkpoints.manifest import MANIFEST_FILE, read_json
+from trichord.checkpoints.slices import SliceReader
 from trichord.config.load import load_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError

@@ -98,6 +98,6 @@ def test_the_verb(run, capsys):
 
 
 def _facts(path):
-    from trichord.checkpoints.slices import hash_file
+    from trichord.checkpoints.manifest import hash_file
 
     return {"size": path.stat().st_size, "blake2b": hash_file(path)}
