@@ -15,10 +15,10 @@ from trichord.restore import item_lengths, restore, with_generate
 log = get_logger(__name__)
 
 
-def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None) -> dict[str, Any]:
+def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None, ema: bool = False) -> dict[str, Any]:
     """Metrics of the newest checkpoint of a run folder, or of one checkpoint folder.
 
-    shards: source name -> shards to read instead of the suite's.
+    shards: source name -> shards to read instead of the suite's; ema: take the average of the weights.
 
     Returns:
         {"checkpoint", "step", "suite", "metrics": see `evaluation.suite.run_suite`}.
@@ -30,7 +30,7 @@ def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None) -> di
             for source in loaded.sources
         )
         loaded = loaded.model_copy(update={"sources": sources})
-    restored = restore(path)
+    restored = restore(path, ema)
     config = restored.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(

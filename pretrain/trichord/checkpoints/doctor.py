@@ -31,6 +31,7 @@ from trichord.checkpoints.manifest import (
 from trichord.checkpoints.slices import slice_key
 from trichord.checkpoints.state import WEIGHT
 from trichord.core.errors import CheckpointError, TrichordError
+from trichord.engine.ema import AVERAGE
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 TRAIN_STATE_KEYS = ("step", "optimizer_step", "config", "progress")
@@ -215,6 +216,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _coverage(index: dict[str, Any]) -> Finding:
     """Every element of every parameter and state once."""
     wrong = [f"{name} has no slices" for name in index["params"] if name not in index["slices"]]
+    averaged = any(AVERAGE in kinds for kinds in index["slices"].values())
     for name, kinds in index["slices"].items():
         if name not in index["params"]:
             wrong.append(f"{name} has slices and no shape")
@@ -222,6 +224,8 @@ def _coverage(index: dict[str, Any]) -> Finding:
         numel = math.prod(index["params"][name]["shape"])
         if WEIGHT not in kinds and numel:
             wrong.append(f"{name} has no weights")
+        if averaged and AVERAGE not in kinds and index["params"][name].get("group") is not None and numel:
+            wrong.append(f"{name} has no average, others have")
         for kind, pieces in kinds.items():
             end = 0
             for start, count, _ in sorted(pieces):

@@ -1,19 +1,21 @@
 """Which part of the training state a rank owns, as views on DeepSpeed's live tensors.
 
 For every parameter, the owner of a range of its flattened fp32 master weights also owns the same range of every
-optimizer state. Where those tensors are depends on the ZeRO stage and on nothing else; this file is the only one that
-knows.
+optimizer state and of the average of weights. Where masters lie is known to `engine.masters`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from trichord.engine.ema import AVERAGE
+from trichord.engine.masters import Place, learned_parameters, masters, partition, places, torch_optimizer
 
 WEIGHT = "param"
 
@@ -24,7 +26,7 @@ class OwnedSlice:
 
     name, shape: of the whole parameter; group: name of its optimizer group, None if frozen;
     start, numel: the range; tensors: kind -> (numel,) view on the live state. Kind `param` is the fp32 master (or the
-    parameter itself where there is none), the others are the optimizer's own names (`exp_avg`, `exp_avg_sq`).
+    parameter itself where there is none), `ema` its average, the others are the optimizer's own names (`exp_avg`).
     """
 
     name: str
@@ -48,23 +50,27 @@ def slices_to_fill(engine: Any) -> list[OwnedSlice]:
 def optimizer_step(engine: Any) -> int:
     """Updates applied so far by the optimizer (Adam's `step`); 0 before the first, 1 for ever after for SGD, which does
     not count them."""
-    for holder in _state_holders(engine):
-        state = _torch_optimizer(engine).state.get(holder)
-        if state:
-            return int(state.get("step", 1))
-    return 0
+    states = [torch_optimizer(engine).state.get(master) for master in masters(engine)]
+    return max((int(state.get("step", 1)) for state in states if state), default=0)
 
 
-def create_optimizer_state(engine: Any, kinds: list[str], step: int) -> None:
-    """Make zero-filled optimizer states of these kinds, as they would exist after `step` updates."""
-    optimizer = _torch_optimizer(engine)
-    for holder in _state_holders(engine):
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        device = holder.device if on_device else torch.device("cpu")
-        state: dict[str, Tensor] = {kind: torch.zeros_like(holder.data) for kind in kinds}
-        if not isinstance(optimizer, torch.optim.SGD):  # which counts no updates
-            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-        optimizer.state[holder] = state
+def create_optimizer_state(engine: Any, kinds: Mapping[str, Collection[str]], step: int) -> None:
+    """Make zero-filled optimizer states as they would exist after `step` updates. kinds: of each parameter, by name."""
+    optimizer, live, stage = torch_optimizer(engine), masters(engine), engine.zero_optimization_stage()
+    names = {id(parameter): name for name, parameter in named_parameters(engine)}
+    for first, _, parameters in learned_parameters(engine):
+        for i, parameter in enumerate(parameters):
+            master = live[first + i if stage == 0 else first]
+            state = optimizer.state[master]
+            for kind in set(kinds.get(names[id(parameter)], ())) - {WEIGHT, AVERAGE} - state.keys():
+                state[kind] = torch.zeros_like(master.data)
+            if state and not isinstance(optimizer, torch.optim.SGD):  # which counts no updates
+                state["step"] = _counter(optimizer, master, step)
+
+
+def _counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> Tensor:
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(float(step), dtype=torch.float32, device=master.device if on_device else "cpu")
 
 
 def refresh_parameters(engine: Any) -> None:
@@ -97,51 +103,35 @@ def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _live_slices(engine: Any, whole: bool) -> Iterator[OwnedSlice]:
-    stage = engine.zero_optimization_stage()
-    groups = _group_names(engine)
+    stage, live, places_of = engine.zero_optimization_stage(), masters(engine), places(engine)
+    groups = {id(p): name for _, name, parameters in learned_parameters(engine) for p in parameters}
     for name, parameter in named_parameters(engine):
-        group = groups.get(id(parameter))
+        group, place = groups.get(id(parameter)), places_of.get(id(parameter))
         if group is None:
             start, tensors = _frozen(parameter, stage, whole)
-        elif stage == 0:
-            start, tensors = _stage_0(engine, parameter, whole)
-        elif stage == 3:
-            start, tensors = _stage_3(engine, parameter)
+        elif place is None:  # it lies on other ranks
+            start, tensors = 0, {}
         else:
-            start, tensors = _stage_1_2(engine, parameter)
+            start, tensors = _learned(engine, live, place, whole)
         numel = tensors[WEIGHT].numel() if tensors else 0
         yield OwnedSlice(name, parameter_shape(parameter), group, start, numel, tensors)
 
 
-def _group_names(engine: Any) -> dict[int, str]:
-    """id of each trainable parameter -> name of its optimizer group."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        members = [(group["name"], group["params"]) for group in optimizer.param_groups]
-    elif stage == 3:
-        names = [optimizer.optimizer.param_groups[i]["name"] for i in optimizer.sub_group_to_group_id.values()]
-        members = list(zip(names, optimizer.fp16_groups))
-    else:
-        members = [(group["name"], params) for group, params in zip(optimizer.param_groups, optimizer.bit16_groups)]
-    return {id(parameter): name for name, params in members for parameter in params}
+def _learned(engine: Any, live: list[Tensor], place: Place, whole: bool) -> tuple[int, dict[str, Tensor]]:
+    """At stage 0 every rank holds all of it, and writes its share."""
+    low, high = _share(place.numel, whole) if engine.zero_optimization_stage() == 0 else (0, place.numel)
+    tensors = {WEIGHT: live[place.master].data, **_states(engine, place.master, live[place.master])}
+    begin = place.offset + low
+    return place.start + low, {kind: t.reshape(-1).narrow(0, begin, high - low) for kind, t in tensors.items()}
 
 
-def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
-    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
-
-
-def _state_holders(engine: Any) -> list[Tensor]:
-    """The tensors under which the torch optimizer keeps its states."""
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-
-
-def _states(engine: Any, holder: Tensor) -> dict[str, Tensor]:
-    """Kind -> state tensor of the holder's size; `step` and other scalars are left out."""
-    state = _torch_optimizer(engine).state.get(holder, {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == holder.numel() and k != "step"}
+def _states(engine: Any, number: int, master: Tensor) -> dict[str, Tensor]:
+    """Kind -> state tensor of the master's size; `step` and other scalars are left out."""
+    state = torch_optimizer(engine).state.get(master, {})
+    found = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == master.numel() and k != "step"}
+    if engine.weight_average is not None:
+        found[AVERAGE] = engine.weight_average.tensors[number]
+    return found
 
 
 def _share(numel: int, whole: bool) -> tuple[int, int]:
@@ -152,42 +142,9 @@ def _share(numel: int, whole: bool) -> tuple[int, int]:
     return numel * rank // world_size, numel * (rank + 1) // world_size
 
 
-def _stage_0(engine: Any, parameter: nn.Parameter, whole: bool) -> tuple[int, dict[str, Tensor]]:
-    start, end = _share(parameter.numel(), whole)
-    tensors = {WEIGHT: parameter.data, **_states(engine, parameter)}
-    return start, {kind: tensor.view(-1)[start:end] for kind, tensor in tensors.items()}
-
-
-def _stage_1_2(engine: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
-    mapping = parameter._hp_mapping
-    if mapping is None:  # another rank's partition holds it
-        return 0, {}
-    holder = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    tensors = {WEIGHT: holder.data, **_states(engine, holder)}
-    return mapping.lp_fragment_address.start, {
-        kind: tensor.narrow(0, address.start, address.numel) for kind, tensor in tensors.items()
-    }
-
-
-def _stage_3(engine: Any, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
-    optimizer = engine.optimizer
-    number, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    holder = optimizer.fp32_partitioned_groups_flat[number]
-    start, numel = _partition(parameter, padded)
-    tensors = {WEIGHT: holder.data, **_states(engine, holder)}
-    return start, {kind: tensor.narrow(0, offset, numel) for kind, tensor in tensors.items()}
-
-
 def _frozen(parameter: nn.Parameter, stage: int, whole: bool) -> tuple[int, dict[str, Tensor]]:
     if stage == 3:
-        start, numel = _partition(parameter, parameter.ds_tensor.ds_numel)
+        start, numel = partition(parameter, parameter.ds_tensor.ds_numel)
         return start, {WEIGHT: parameter.ds_tensor.data.view(-1)[:numel]}
     start, end = _share(parameter.numel(), whole)
     return start, {WEIGHT: parameter.data.view(-1)[start:end]}
-
-
-def _partition(parameter: nn.Parameter, padded: int) -> tuple[int, int]:
-    """Start and unpadded length of this rank's ZeRO-3 partition; the last ranks may hold padding only."""
-    start = min(dist.get_rank() * padded, parameter.ds_numel)
-    return start, min(padded, parameter.ds_numel - start)

@@ -12,3 +12,4 @@ Overrides = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here, as JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, such as runs/NAME.")]
+Averaged = Annotated[bool, typer.Option("--ema/--no-ema", help="Take the average of the weights (engine.ema_decay).")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trichord.cli.app import app, track_app
-from trichord.cli.arguments import ConfigPath, JsonFile, Overrides, RunPath
+from trichord.cli.arguments import Averaged, ConfigPath, JsonFile, Overrides, RunPath
 from trichord.cli.output import advancing, print_metrics, print_rows, write_json
 from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DONE, ConfigError
 
@@ -54,6 +54,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder.")],
     suite: Annotated[str, typer.Argument(help="Suite file, or the name of a shipped one (suites/quickstart.yaml).")],
+    ema: Averaged = False,
     json_file: JsonFile = None,
 ) -> None:
     """Metrics of a checkpoint on the sources of a suite, as a table and JSON."""
@@ -64,7 +65,7 @@ def evaluate(
     from trichord.evaluate import evaluate as evaluate_checkpoint
 
     configure_logging()
-    result = evaluate_checkpoint(path, suite)
+    result = evaluate_checkpoint(path, suite, ema=ema)
     print_metrics(result["metrics"])
     write_json(json_file, result)
 
@@ -73,13 +74,14 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder for its newest one.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
+    ema: Averaged = False,
 ) -> None:
     """Write a checkpoint in Hugging Face format."""
     if out.exists():
         raise ConfigError(f"{out} exists already; an export never overwrites: name a new folder, or remove it")
     from trichord.export import export as export_model
 
-    print(export_model(checkpoint, out))
+    print(export_model(checkpoint, out, ema=ema))
 
 
 @app.command()

@@ -53,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.decay_steps",
     "engine.warmup_steps",
     "engine.min_lr_ratio",
+    "engine.ema_decay",  # the training does not see it
     "engine.activation_checkpointing",
     "engine.max_bad_steps",
     "engine.timeout_s",

@@ -14,6 +14,7 @@ from trichord.batches.packed_batch import PackedBatch
 from trichord.core.dist import RankFacts, rank_facts
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
+from trichord.engine.ema import WeightAverage
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, rate_of
 from trichord_kernels.tables.agree import agree_on_tables
@@ -86,7 +87,7 @@ def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, gra
     """Wrap `model` into a DeepSpeed engine with the optimizer of the config; all ranks must hold equal weights.
 
     Returns:
-        deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`.
+        deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`, its `.weight_average` a `WeightAverage` or None.
     """
     deepspeed = _import_deepspeed()
     device = pick_device(rank_facts())
@@ -95,6 +96,7 @@ def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, gra
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
     built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)
+    built.weight_average = WeightAverage(built, engine.ema_decay) if engine.ema_decay is not None else None
     return built
 
 

@@ -49,6 +49,8 @@ class EngineConfig(Leaf):
     warmup_steps: int = Field(default=0, ge=0)
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an average of the weights, fp32: after each update `decay` of it and `1 - decay` of the new weights."""
     activation_checkpointing: bool = False
     max_bad_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
+from trichord.core.phase import note, set_phase
 from trichord.engine.features import FeatureGradients, SlotLayout, features_of_step, gradients_of_step
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
@@ -67,12 +68,15 @@ class Stepper:
         same step.
         """
         started = time.perf_counter()
+        note(**_contents(micro_batches))
+        set_phase("count")
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = self._global_counts(batches, local_counts)
         gradients, first_output = self._feature_gradients(batches)
         after_features = time.perf_counter()
         losses = self._accumulate(batches, counts[0], gradients, first_output)
         after_backward = time.perf_counter()
+        set_phase("update")
         grad_norm, skipped = self._update()
         values = dict(zip(COUNT_NAMES, counts.tolist()))
         seconds = {
@@ -101,12 +105,17 @@ class Stepper:
         if self.objectives.contrastive is None:
             return None, None
         if len(batches) == 1:  # nothing to accumulate over: the pass that keeps its graph serves both
+            set_phase("features", micro_step=0)
             output = self.engine(batches[0])
+            set_phase("contrast")
             features = features_of_step([output], batches, self.layout)
             return gradients_of_step(self.objectives.contrastive, features, output, self.layout), output
         outputs = []
         with torch.no_grad():
-            outputs = [self.engine(batch, towers_only=True) for batch in batches]
+            for number, batch in enumerate(batches):
+                set_phase("features", micro_step=number)
+                outputs.append(self.engine(batch, towers_only=True))
+        set_phase("contrast")
         features = features_of_step(outputs, batches, self.layout)
         return gradients_of_step(self.objectives.contrastive, features, outputs[0], self.layout), None
 
@@ -122,9 +131,11 @@ class Stepper:
         label_loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            set_phase("forward", micro_step=number)
             output = first_output if first_output is not None else self.engine(batch)
             grads = gradients.of_micro_batch(number, batch) if gradients is not None else {}
             loss = micro_loss(self.objectives, output, global_labels, grads, self.world_size, len(batches))
+            set_phase("backward", micro_step=number)
             self.engine.backward(loss, scale_wrt_gas=False)
             if self.objectives.next_token is not None:
                 label_loss = label_loss + output["next_token_loss_sum"].detach()
@@ -133,12 +144,16 @@ class Stepper:
         return losses
 
     def _update(self) -> tuple[float, bool]:
-        """Clip and step. The one host read of a step is the gradient norm."""
+        """Clip, step, and take the new weights into their average. The one host read of a step is the gradient norm."""
         if self.zero_stage == 0:
-            return self._update_stage_0()
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        return norm, not self.engine.was_step_applied()
+            norm, skipped = self._update_stage_0()
+        else:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+            skipped = not self.engine.was_step_applied()
+        if self.engine.weight_average is not None and not skipped:
+            self.engine.weight_average.update()
+        return norm, skipped
 
     def _update_stage_0(self) -> tuple[float, bool]:
         parameters = [p for p in self.engine.module.parameters() if p.requires_grad]

@@ -212,6 +212,7 @@ FINISHED = [
     ),
     Mistake("export from no run", "export none out", CHECKPOINT, "none"),
     Mistake("export without a checkpoint", "export runs/demo out", CHECKPOINT, "checkpoint", drop_checkpoints),
+    Mistake("export an average there is none of", "export runs/demo out --ema", CHECKPOINT, "no engine.ema_decay"),
     Mistake("export folder exists", "export runs/demo out", USAGE, "out", put("out/config.json", "{}")),
     Mistake("report on no run", "report none", USAGE, "none"),
     Mistake("sync of no run", "track sync none", USAGE, "none"),

@@ -134,6 +134,17 @@ def test_export_writes_a_folder_that_a_new_run_starts_from(finished):
     run(finished, "train", "c.yaml", "run.name=tuned", "run.init_from=out", "run.max_steps=1")
 
 
+def test_the_average_of_the_weights_is_evaluated_and_exported(finished):
+    run(finished, "train", "c.yaml", "run.name=average", "engine.ema_decay=0.9")
+    assert run(finished, "export", "runs/average", "plain", "--no-ema") == "plain\n"
+    assert run(finished, "export", "runs/average", "average", "--ema") == "average\n"
+    assert "moving average (decay 0.9)" in (finished / "average/README.md").read_text()
+    weights = [(finished / name / "model.safetensors").read_bytes() for name in ("plain", "average")]
+    assert weights[0] != weights[1]
+    (finished / "s.yaml").write_text(SUITE)
+    assert "image-text" in run(finished, "evaluate", "runs/average", "s.yaml", "--ema")
+
+
 def test_report_writes_one_page(finished):
     assert run(finished, "report", "runs/demo") == "runs/demo/report.html\n"
     assert "<html" in (finished / "runs/demo/report.html").read_text()
