@@ -26,6 +26,7 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
+from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
 from trichord.core.status import clear_rank_statuses
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
@@ -125,6 +126,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     stopping = progress.step >= total_steps
     steps = move_ahead(iter(loader), device)
     while not stopping:
+        set_phase("data wait")
         waited = time.monotonic()
         batch: StepBatch = next(steps)
         wait_s = time.monotonic() - waited
@@ -132,16 +134,19 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         result = stepper.run(batch.micro_batches, local_counts(batch, stop))
         progress.advance(result)
         verdict.step = progress.step
+        set_phase("record")
         recording.step(progress, result, batch, lr=lr, wait_s=wait_s)
         progress.check(config, batch, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
+            set_phase("save")
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state)
             recording.checkpoint(progress.step)
         if (saved := saver.poll()) is not None:
             recorder.event("checkpoint", saved)
 
     # The end: the last checkpoint is on disk before anybody leaves.
+    set_phase("last save")
     saved = saver.finish()
     finished = progress.step >= total_steps
     code = EXIT_DONE if finished else EXIT_STOPPED

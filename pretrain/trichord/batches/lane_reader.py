@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from trichord.batches.loader_state import LaneCursor, extend_chain
 from trichord.batches.windows import LeftOut, PlannedSample, SamplePlanner, WindowPlan
 from trichord.core.errors import CheckpointError
+from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
 from trichord.shards.lanes import LanePlanner, LaneState
 
@@ -65,6 +66,7 @@ class LaneReader:
         window = self._order.opened(self.cursor.window, step)
         refs, after = self._order.next_window(window, step)
         self.cursor = replace(self.cursor, window=window)
+        set_phase("plan", lane=window.lane, window=window.window)
         self._plan = self._planner.plan_window(
             refs,
             carried=self.cursor.carried,

@@ -10,10 +10,12 @@ Rows to decode are pickled once, by the planner, and passed on as bytes.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import math
 import os
 import pickle
+import re
 import signal
 import time
 import warnings
@@ -34,10 +36,16 @@ from trichord.batches.slots import RowSlots
 from trichord.batches.step_planner import PlannedStep, StepPlanner
 from trichord.batches.windows import LeftOut
 from trichord.core.errors import TrichordError
+from trichord.core.log import DUMP_SIGNAL, log_stream
+from trichord.core.phase import PhaseBoard, current_phase, set_phase, worker_phases
 from trichord.core.processes import die_with_parent
 
 _ALIGNMENT = 64
 _CLOSE_SECONDS = 5.0
+_LESS_MEMORY = (
+    "lower batches.num_workers or batches.prefetch_steps; then start again, the run goes on from its checkpoint"
+)
+_PIDS = re.compile(r"pid\D*((?:\d+,? ?)+)")
 _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
 
@@ -58,6 +66,14 @@ class WorkerFault:
 
     kind: type[TrichordError]
     message: str
+
+
+def out_of_memory(error: MemoryError) -> WorkerFault:
+    """In a worker that asked for more memory than there is."""
+    said = str(error) or "MemoryError"
+    return WorkerFault(
+        TrichordError, f"a process of the loader ran out of host memory ({current_phase()}): {said}; {_LESS_MEMORY}"
+    )
 
 
 def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
@@ -100,9 +116,12 @@ class _StepStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[PlannedStep, list[bytes]] | WorkerFault]:
         try:
             for step in self._make_planner().steps():
+                set_phase("wait for work")  # as long as nobody asks for the next step
                 yield replace(step, rows=()), [pickle.dumps(row, pickle.HIGHEST_PROTOCOL) for row in step.rows]
         except TrichordError as error:
             yield WorkerFault(type(error), str(error))
+        except MemoryError as error:
+            yield out_of_memory(error)
 
 
 class _RowDecoding(Dataset):
@@ -120,6 +139,10 @@ class _RowDecoding(Dataset):
             return pack_parcel(self._decoder.decode(pickle.loads(row)), self._slots, slot)
         except TrichordError as error:
             return WorkerFault(type(error), str(error))
+        except MemoryError as error:
+            return out_of_memory(error)
+        finally:
+            set_phase("wait for work")
 
 
 def read_in_workers(
@@ -140,11 +163,15 @@ def read_in_workers(
         TrichordError: the first error of a process, of its own class, once all before it was given out.
         RuntimeError: a process died, or met a fault in the code.
     """
-    options = {"batch_size": None, "collate_fn": _as_it_is, "worker_init_fn": partial(enter_worker, os.getpid())}
+    board = PhaseBoard(["planner", *(f"worker {number}" for number in range(num_workers))])
+    options = {"batch_size": None, "collate_fn": _as_it_is}
     # fork: a process starts in milliseconds and shares the indices of all shards
     options |= {"multiprocessing_context": "fork", "persistent_workers": True}
     stream = _StepStream(make_planner)
-    planned = _start(DataLoader(stream, num_workers=1, prefetch_factor=prefetch_steps, **options))
+    enter = partial(_enter_on_board, os.getpid(), board)
+    planned = _start(
+        DataLoader(stream, num_workers=1, prefetch_factor=prefetch_steps, worker_init_fn=partial(enter, 0), **options)
+    )
     close_planner = _close_at_exit(planned)
     try:
         open_steps: deque[tuple[PlannedStep, int] | WorkerFault] = deque()
@@ -153,7 +180,12 @@ def read_in_workers(
         slots = RowSlots(num_workers * per_worker + 3 * max(1, rows_per_step))
         tasks = _Tasks(planned, open_steps, slots)
         loader = DataLoader(
-            _RowDecoding(decoder, slots), sampler=tasks, num_workers=num_workers, prefetch_factor=per_worker, **options
+            _RowDecoding(decoder, slots),
+            sampler=tasks,
+            num_workers=num_workers,
+            prefetch_factor=per_worker,
+            worker_init_fn=partial(enter, 1),
+            **options,
         )
         parcels = _start(loader)
         close_decoders = _close_at_exit(parcels)
@@ -170,6 +202,7 @@ def read_in_workers(
             close_decoders()
     finally:
         close_planner()
+        board.close()
 
 
 class _Tasks:
@@ -205,9 +238,11 @@ def _next(iterator: Any) -> Any:
     except RuntimeError as error:
         if "killed by signal" not in str(error) and "exited unexpectedly" not in str(error):
             raise  # a fault in the code, with its trace
+        said = str(error).splitlines()[0]
+        pids = [int(pid) for found in _PIDS.findall(said) for pid in re.findall(r"\d+", found)]
+        did = "".join(f"{worker.name} did: {worker.phase}. " for worker in worker_phases() if worker.pid in pids)
         raise TrichordError(
-            f"a process of the loader has died: {str(error).splitlines()[0]} Most often memory ran out: lower "
-            "batches.num_workers or batches.prefetch_steps; then start again, the run goes on from its checkpoint"
+            f"a process of the loader has died: {said} {did}Most often memory ran out: {_LESS_MEMORY}"
         ) from error
 
 
@@ -239,6 +274,13 @@ def _close_at_exit(iterator: Any) -> Callable[[], Any]:
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _enter_on_board(parent_pid: int, board: PhaseBoard, first: int, worker: int) -> None:
+    enter_worker(parent_pid, worker)
+    board.claim(first + worker)
+    with contextlib.suppress(OSError):  # where stderr is no file
+        faulthandler.register(DUMP_SIGNAL, file=log_stream())
 
 
 def enter_worker(parent_pid: int, worker: int) -> None:

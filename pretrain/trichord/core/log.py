@@ -1,10 +1,15 @@
 """Logging: one logger per module under `trichord`, plain lines, the rank in front where there are several."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
+from typing import IO
 
 from trichord.core.dist import rank_facts
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Has a data worker write its python stack to the log of its rank."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -23,6 +28,28 @@ class _ToStderr(logging.StreamHandler):
     @stream.setter
     def stream(self, value) -> None:
         pass
+
+
+def log_stream() -> IO[str]:
+    """Where python stacks go: this rank's log file, or stderr where it has none."""
+    for handler in logging.getLogger("trichord").handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            return handler.stream
+    return sys.__stderr__ or sys.stderr
+
+
+class _ToFile(logging.FileHandler):
+    """A log that cannot be written is told once on stderr and no reason to end the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self._told:
+            self._told = True
+            print(f"{self.baseFilename} cannot be written ({error.strerror}): lines are lost there", file=sys.stderr)
+
+    _told = False
 
 
 def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
@@ -44,7 +71,7 @@ def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -
     handlers: list[logging.Handler] = [stderr]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(_ToFile(log_file))
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)

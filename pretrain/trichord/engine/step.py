@@ -17,12 +17,19 @@ from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.phase import note, set_phase
+from trichord.core.phase import note, set_phase
 from trichord.engine.features import FeatureGradients, SlotLayout, features_of_step, gradients_of_step
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
 # What the one count all-reduce of a step carries.
 COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "filtered", "stop")
+
+
+def _content(batch: PackedBatch) -> dict[str, int]:
+    """What a watcher tells of a micro-batch; host numbers."""
+    tokens, images, clips = batch.input_ids.shape[0], batch.num_images, batch.num_audios
+    return {"tokens": tokens, "useful": batch.useful_tokens, "images": images, "clips": clips}
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Stepper:
         same step.
         """
         started = time.perf_counter()
-        note(**_contents(micro_batches))
+        note(micro_batches=[_content(batch) for batch in micro_batches])
         set_phase("count")
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = self._global_counts(batches, local_counts)
@@ -76,6 +83,7 @@ class Stepper:
         after_features = time.perf_counter()
         losses = self._accumulate(batches, counts[0], gradients, first_output)
         after_backward = time.perf_counter()
+        set_phase("update")
         set_phase("update")
         grad_norm, skipped = self._update()
         values = dict(zip(COUNT_NAMES, counts.tolist()))
@@ -132,9 +140,11 @@ class Stepper:
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             set_phase("forward", micro_step=number)
+            set_phase("forward", micro_step=number)
             output = first_output if first_output is not None else self.engine(batch)
             grads = gradients.of_micro_batch(number, batch) if gradients is not None else {}
             loss = micro_loss(self.objectives, output, global_labels, grads, self.world_size, len(batches))
+            set_phase("backward", micro_step=number)
             set_phase("backward", micro_step=number)
             self.engine.backward(loss, scale_wrt_gas=False)
             if self.objectives.next_token is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trichord.core.phase import phase
 from trichord.shards.members import MemberRef
 from trichord.shards.reader import read_ref
 
@@ -34,6 +35,7 @@ def open_member(shard: str, ref: MemberRef, max_bytes: int) -> MemberReader:
         size = min(size, ref.size - offset)
         if size <= 0:
             return b""
-        return read_ref(shard, ref._replace(offset=ref.offset + offset, size=size), max_bytes)
+        with phase("read", shard=shard, member=ref.name):
+            return read_ref(shard, ref._replace(offset=ref.offset + offset, size=size), max_bytes)
 
     return MemberReader(ref.size, read)

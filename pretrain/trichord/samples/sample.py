@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trichord.core.errors import TrichordError
+from trichord.core.phase import set_phase
 from trichord.samples.audio import clip_samples, decode_audio, is_cropped
 from trichord.samples.config import SamplesConfig
 from trichord.samples.filters import SampleFilter
@@ -127,8 +128,10 @@ def decode_item(
     try:
         if item.kind == "audio" and is_cropped(*item.size, config.audio):
             member = open_member(shard, item.ref, max_member_bytes)
+            set_phase("decode", shard=shard, member=item.ref.name)
             return _blamed(item.ref, lambda: decode_audio(member, config.audio, item.size, rng))
         data = read_ref(shard, item.ref, max_member_bytes)
+        set_phase("decode", shard=shard, member=item.ref.name)
         if item.kind == "image":
             return _blamed(item.ref, lambda: decode_image(data, config.image, item.size, rng))
         return _blamed(item.ref, lambda: decode_audio(data, config.audio, item.size, rng))

@@ -8,6 +8,7 @@ from typing import Any
 
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
+from trichord.core.phase import set_phase
 from trichord.shards.config import ShardsConfig, SourceConfig
 from trichord.shards.follow import FollowLog, ShardFinder, content_digest
 from trichord.shards.index import SampleEntry, ShardHeader, ShardIndex, index_shards, load_index
@@ -227,6 +228,7 @@ def read_ref(shard: str, ref: MemberRef, max_bytes: int) -> bytes:
     if ref.size == 0:
         return b""
     what = f"reading member {ref.name!r} of shard {shown(shard)}"
+    set_phase("read", shard=shard, member=ref.name)
     data = with_retries(lambda: read_range(shard, ref.offset, ref.size), what)
     if len(data) != ref.size:
         raise BadSample(f"cut: {len(data)} of {ref.size} bytes are there", ref.name)
