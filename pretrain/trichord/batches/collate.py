@@ -39,6 +39,7 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
     parts["cu_seqlens"] = _run_boundaries(parts["segment_ids"], row_starts)
     parts["image_index"] = _positions(parts["image_spans"])
     parts["audio_index"] = _positions(parts["audio_spans"])
+    causal_pairs, visible_pairs = _count_pairs(parts)
     return PackedBatch(
         **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()},
         audio_offsets=tuple(_starts([int(n) for row in rows for n in row.audio_lengths])),
@@ -52,7 +53,18 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
         num_labels=len(parts["label_index"]),
         max_seqlen=int(np.diff(parts["cu_seqlens"]).max(initial=0)),
         useful_tokens=int((parts["segment_ids"] != SLACK_SEGMENT).sum()),
+        causal_pairs=causal_pairs,
+        visible_pairs=visible_pairs,
     )
+
+
+def _count_pairs(parts: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Pairs of query and key that see each other: causal throughout, and by `span_ends`. Slack sees nothing."""
+    lengths = np.diff(parts["cu_seqlens"])
+    starts = np.repeat(parts["cu_seqlens"][:-1], lengths)
+    real = parts["segment_ids"] != SLACK_SEGMENT
+    causal = np.arange(len(starts)) + 1 - starts
+    return int(causal[real].sum()), int((parts["span_ends"] - starts)[real].sum(dtype=np.int64))
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

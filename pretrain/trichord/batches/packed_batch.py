@@ -54,6 +54,7 @@ class PackedBatch:
         bad_segments (S,) bool: decoded badly; its tokens are slack, its items absent.
     Host facts:
         num_segments, num_images, num_audios, num_labels, max_seqlen, useful_tokens (non-slack).
+        causal_pairs, visible_pairs: pairs of query and key in one segment with key <= query, and with key < span_ends.
         image_counts, audio_counts: tokens per image and per clip in the stream, as tuples of ints.
     """
 
@@ -91,6 +92,8 @@ class PackedBatch:
     num_labels: int
     max_seqlen: int
     useful_tokens: int
+    causal_pairs: int
+    visible_pairs: int
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device` (asynchronously where the source is pinned)."""
