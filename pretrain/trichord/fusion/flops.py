@@ -163,7 +163,8 @@ def _heads(model: Trichord, learns: Mapping[str, bool]) -> list[Piece]:
         for tower in [{"image": "vision"}.get(name, name)]
     ]
     if pieces:
-        dim = next(iter(model.heads.values())).proj.out_features
+        head: Any = next(iter(model.heads.values()))
+        dim = head.proj.out_features
         pieces.append(Piece("heads", "contrasts", 2.0 * dim, 2.0, again=1.0))
     return pieces
 
