@@ -108,7 +108,7 @@ def test_an_average_that_is_turned_on_starts_from_the_weights_and_one_that_is_tu
     (messages, far), *_ = run_ranks(1, resume_with, str(tmp_path), {"ema_decay": DECAY})
     assert far == 0.0
     assert any("starts one from its weights" in message for message in messages)
-    with pytest.raises(CheckpointError, match="its run had no engine.ema_decay"):
+    with pytest.raises(CheckpointError, match=r"its run had no engine\.ema_decay"):
         load_weights(find_latest(tmp_path), ema=True)
     run_ranks(1, save_with, str(tmp_path), {"ema_decay": DECAY})
     (messages, far), *_ = run_ranks(1, resume_with, str(tmp_path), {})

@@ -1,6 +1,6 @@
 """Where DeepSpeed keeps the fp32 masters that the optimizer updates, by ZeRO stage; no other file knows.
 
-A *master* is one flat tensor that the torch optimizer takes for a parameter: at stage 0 a parameter of the model itself,
+A *master* is one flat tensor that the torch optimizer takes for a parameter: at stage 0 a parameter of the model,
 at stages 1 and 2 this rank's partition of an optimizer group, at stage 3 of a sub-group.
 """
 
