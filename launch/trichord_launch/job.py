@@ -16,12 +16,21 @@ RANK_RUNNER = ("-m", "trichord_launch.rank")
 
 @dataclass(frozen=True)
 class NodeCheck:
-    """What a node must pass; see `NodeCheckConfig`."""
+    """What a node must pass; see `NodeCheckConfig`. The last four are asked by the preflight only.
+
+    min_device_gib: memory of each GPU; commit: of the code, which a job may not compare, since somebody may commit
+    while it starts; see: paths that must be there; token: (file, text) that was written before.
+    """
 
     min_disk_free_gib: float = 1.0
     min_shm_free_gib: float = 1.0
+    max_clock_skew_s: float = 5.0
     commands: tuple[str, ...] = ()
     timeout_s: float = 120.0
+    min_device_gib: float = 0.0
+    commit: bool = False
+    see: tuple[str, ...] = ()
+    token: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,8 @@ def read_job(path: Path) -> SlurmJob:
     try:
         values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        check = dict(values.pop("check"))
-        check["commands"] = tuple(check["commands"])
+        told: dict[str, Any] = values.pop("check")
+        check: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
         budget = Budget(**values.pop("budget"))
         return SlurmJob(**values, budget=budget, check=NodeCheck(**check))
     except OSError as error:

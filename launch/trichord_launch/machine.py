@@ -61,6 +61,12 @@ def _installed(environ: Mapping[str, str], devices: Path) -> int:
     return _nvidia_smi(environ)
 
 
+def device_memory_gib(environ: Mapping[str, str]) -> list[float]:
+    """Memory of each GPU that answers, in GiB; empty where nvidia-smi is not there or says nothing of it."""
+    text = _ask_nvidia_smi(environ, "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    return [int(line) / 1024 for line in text.split("\n") if line.strip().isdigit()]
+
+
 def require_fit(procs: int, machine: Machine) -> None:
     """Refuse more processes than GPUs: two on one GPU share its memory, and NCCL does not allow it.
 
@@ -76,11 +82,15 @@ def require_fit(procs: int, machine: Machine) -> None:
 
 def _nvidia_smi(environ: Mapping[str, str]) -> int:
     """GPUs `nvidia-smi -L` lists: under WSL there is no device file."""
+    return len(re.findall(r"^GPU \d+:", _ask_nvidia_smi(environ, "-L"), re.MULTILINE))
+
+
+def _ask_nvidia_smi(environ: Mapping[str, str], *words: str) -> str:
     tool = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if tool is None:
-        return 0
+        return ""
     try:
-        result = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=10, check=False)
+        result = subprocess.run([tool, *words], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return len(re.findall(r"^GPU \d+:", result.stdout, re.MULTILINE)) if result.returncode == 0 else 0
+        return ""
+    return result.stdout if result.returncode == 0 else ""

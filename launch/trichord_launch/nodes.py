@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from trichord_launch.job import SlurmJob
-from trichord_launch.node_check import bad_nodes
+from trichord_launch.node_problems import Asked, Report, bad_nodes
 from trichord_launch.record import read_json
 from trichord_launch.steps import check_step
 
@@ -19,11 +19,22 @@ def check_nodes(
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """Run the node check on all nodes at once; node -> why it is not fit.
+    """Run the node check on all nodes at once; node -> why it is not fit. Arguments as of `ask_nodes`."""
+    return bad_nodes(*ask_nodes(job, nodes, folder, stopped))
+
+
+def ask_nodes(
+    job: SlurmJob,
+    nodes: Sequence[str],
+    folder: Path,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, Report | None], Asked]:
+    """What each node says of itself (None: nothing), and when it was asked.
 
     Where none answers (Slurm starts no step at all while one node is gone), each is asked alone.
     folder: gets `NODE.json` and what each task printed. stopped: whether to give up waiting.
     """
+    began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     _run_steps([check_step(job, folder).argv], folder, job.check.timeout_s, stopped)
     reports = _reports(folder, nodes)
@@ -31,7 +42,7 @@ def check_nodes(
         commands = [check_step(job, folder, [node]).argv for node in nodes]
         _run_steps(commands, folder, job.check.timeout_s, stopped)
         reports = _reports(folder, nodes)
-    return bad_nodes(reports)
+    return reports, Asked(began, time.time(), job.check.max_clock_skew_s)
 
 
 def too_many(bad: Mapping[str, str], excluded: Sequence[str], nodes: Sequence[str]) -> bool:
@@ -40,7 +51,7 @@ def too_many(bad: Mapping[str, str], excluded: Sequence[str], nodes: Sequence[st
     return all_of_several or len({*bad, *excluded}) > max(2, len(nodes) // 2)
 
 
-def _reports(folder: Path, nodes: Sequence[str]) -> dict[str, Mapping[str, Any] | None]:
+def _reports(folder: Path, nodes: Sequence[str]) -> dict[str, Report | None]:
     return {node: read_json(folder / f"{node}.json") or None for node in nodes}
 
 

@@ -52,7 +52,12 @@ def check_step(job: SlurmJob, folder: Path, nodes: Sequence[str] = ()) -> Comman
     argv += [*job.prefix, job.python, "-m", "trichord_launch.node_check", str(folder), job.run_folder]
     argv += ["--gpus", str(job.ranks_per_node if job.gpus else 0)]
     argv += ["--disk-gib", f"{job.check.min_disk_free_gib:g}", "--shm-gib", f"{job.check.min_shm_free_gib:g}"]
-    return Command((*argv, *(word for line in job.check.commands for word in ("--command", line))), {})
+    argv += ["--gpu-gib", f"{job.check.min_device_gib:g}"] if job.check.min_device_gib else []
+    argv += ["--commit"] if job.check.commit else []
+    argv += ["--token", *job.check.token] if job.check.token else []
+    for option, values in (("--see", job.check.see), ("--command", job.check.commands)):
+        argv += [word for value in values for word in (option, value)]
+    return Command(tuple(argv), {})
 
 
 def _srun(job: SlurmJob, tasks_per_node: int, nodes: int | None = None) -> list[str]:

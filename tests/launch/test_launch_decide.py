@@ -13,7 +13,8 @@ from trichord_launch.decide import Situation, decide
 from trichord_launch.grid import expand_grid
 from trichord_launch.job import Budget
 from trichord_launch.machine import count_devices
-from trichord_launch.node_check import bad_nodes, main, versions
+from trichord_launch.node_check import main, versions
+from trichord_launch.node_problems import Asked, bad_nodes
 from trichord_launch.nodes import too_many
 from trichord_launch.record import PastAttempt, begin_attempt, end_attempt, has_begun, past_attempts
 from trichord_launch.scheduler import end_time, parse_job
@@ -97,7 +98,8 @@ def test_the_first_death_of_all_nodes_counts(tmp_path):
 
 
 def report(**changed):
-    return {"problems": changed.pop("problems", []), "versions": {**versions(), **changed}}
+    problems = [{"kind": "devices", "text": text} for text in changed.pop("problems", [])]
+    return {"problems": problems, "versions": {**versions(), **changed}, "time": 100.0}
 
 
 def test_bad_nodes_are_named_with_the_reason():
@@ -114,6 +116,21 @@ def test_bad_nodes_are_named_with_the_reason():
     assert bad["n4"] == "it did not answer"
     assert set(bad) == {"n2", "n3", "n4"}
     assert bad_nodes({"n1": report()}) == {}
+
+
+def test_where_two_nodes_differ_the_first_is_named():
+    bad = bad_nodes({"n1": report(torch="2.14"), "n2": report(torch="2.13")})
+    assert bad == {"n2": "torch 2.13, on n1 2.14"}
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"), [(94.0, "6.0 s behind"), (96.0, ""), (112.0, ""), (116.0, "6.0 s ahead")]
+)
+def test_a_clock_that_is_off_is_a_problem(time, expected):
+    """Asked from 100 to 110, by the clock of the one who asked."""
+    bad = bad_nodes({"n1": {**report(), "time": time}}, Asked(100.0, 110.0, max_skew_s=5.0))
+    assert expected in bad.get("n1", "")
+    assert bool(bad) == bool(expected)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +161,9 @@ def test_a_node_looks_at_itself(tmp_path, monkeypatch):
     checks = ["--command", "true", "--command", "echo no >&2; exit 3"]
     main([str(tmp_path), str(run_folder), "--gpus", "2", "--disk-gib", "1e9", "--shm-gib", "0", *checks])
     found = json.loads((tmp_path / "n7.json").read_text())
-    assert found["problems"][0] == "1 of 2 GPUs", "one has fallen off the bus"
-    assert "1e+09 wanted" in found["problems"][1]
-    assert found["problems"][-1] == "`echo no >&2; exit 3` ended with 3 (no)"
+    assert found["problems"][0] == {"kind": "devices", "text": "1 of 2 GPUs"}, "one has fallen off the bus"
+    assert "1e+09 wanted" in found["problems"][1]["text"]
+    assert found["problems"][-1]["text"] == "`echo no >&2; exit 3` ended with 3 (no)"
     assert found["versions"]["python"]
     assert count_devices({"CUDA_VISIBLE_DEVICES": "0", "PATH": os.environ["PATH"]}) == 1
 
@@ -154,7 +171,7 @@ def test_a_node_looks_at_itself(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
     main([str(tmp_path), str(tmp_path / "none"), "--gpus", "0", "--disk-gib", "0", "--shm-gib", "0"])
     (written,) = tmp_path.glob("*.json")
-    assert "cannot be written" in json.loads(written.read_text())["problems"][-1]
+    assert "cannot be written" in json.loads(written.read_text())["problems"][-1]["text"]
 
 
 def test_grids_expand_and_name_their_runs():

@@ -45,6 +45,8 @@ class NodeCheckConfig(Leaf):
     """Free space where the run folder lies, and in the node's own temporary folder."""
     min_shm_free_gib: float = Field(default=1.0, ge=0)
     """Free space in /dev/shm, which data workers and NCCL use."""
+    max_clock_skew_s: float = Field(default=5.0, gt=0)
+    """How far the clocks of the nodes may be apart."""
     commands: tuple[Line, ...] = ()
     """Shell commands of your own, such as `dcgmi diag -r 1`; one that fails names the node."""
     timeout_s: float = Field(default=120.0, gt=0)

@@ -26,6 +26,7 @@ from trichord.shards.sidecars import LenHeader
 from trichord.shards.storage import configure_storage, open_shard, shard_identity, with_retries
 
 __all__ = [
+    "Look",
     "MemberRef",
     "SampleEntry",
     "ShardHeader",
@@ -35,6 +36,8 @@ __all__ = [
     "index_shards",
     "load_header",
     "load_index",
+    "look_at",
+    "walk_shard",
 ]
 
 _log = get_logger(__name__)
@@ -54,6 +57,19 @@ class ShardHeader(NamedTuple):
     @staticmethod
     def of(url: str, header: LenHeader) -> "ShardHeader":
         return ShardHeader(url, header.samples, header.damage, header.unsafe_members, str(header.idx["blake2b"]))
+
+
+class Look(NamedTuple):
+    """What a look at a shard tells without reading it, and without making anything.
+
+    bytes: its size now. header: what its sidecars say, None where there are none, or none of this version of it.
+    recorded_bytes: the size that its sidecars, current or stale, were made for; None: there are none.
+    """
+
+    url: str
+    bytes: int
+    header: ShardHeader | None
+    recorded_bytes: int | None
 
 
 class ShardIndex:
@@ -224,6 +240,35 @@ def load_header(url: str, fields: FieldsConfig | None = None) -> ShardHeader:
     return ShardHeader.of(url, header)
 
 
+def look_at(url: str, fields: FieldsConfig | None = None) -> Look:
+    """Is the shard there, and are its sidecars current? Raises DataError where it cannot be found."""
+    identity = shard_identity(url)
+    size = int(identity["size"])
+    fresh = _fresh(url, fields, identity)
+    if fresh is not None:
+        return Look(url, size, ShardHeader.of(url, fresh[1]), size)
+    stale = [header for place in sidecars.sidecar_places(url) if (header := sidecars.read_header(place)) is not None]
+    return Look(url, size, None, int(stale[0].shard["size"]) if stale else None)
+
+
+def walk_shard(url: str) -> tuple[int, str | None]:
+    """(samples, why the walk ended early or None) of a shard: from header to header, nothing is measured or written.
+
+    Raises:
+        DataError: it cannot be read, or is no tar.
+    """
+
+    def walk() -> tuple[int, str | None]:
+        report, samples, key = WalkReport(), 0, None
+        with open_shard(url) as file:
+            for found in walk_members(file, file.seek(0, os.SEEK_END), url, report):
+                samples += found.key != key
+                key = found.key
+        return samples, report.damage
+
+    return with_retries(walk, f"walking over shard {url}")
+
+
 def index_shards(
     urls: Sequence[str],
     workers: int = 1,
@@ -269,9 +314,11 @@ def _enter_indexer(parent_pid: int, storage: StorageConfig) -> None:
     configure_storage(storage)
 
 
-def _fresh(url: str, fields: FieldsConfig | None) -> tuple[str, LenHeader] | None:
+def _fresh(
+    url: str, fields: FieldsConfig | None, identity: dict[str, int | str] | None = None
+) -> tuple[str, LenHeader] | None:
     """Place and header of sidecars that describe the shard as it is now and cover the mapped extensions."""
-    identity = shard_identity(url)
+    identity = identity or shard_identity(url)
     wanted = {(kind, ext) for ext, kinds in _kinds_by_ext(fields or FieldsConfig()).items() for kind in kinds}
     places = sidecars.sidecar_places(url)
     for place in reversed(places) if is_remote(url) else places:  # a remote one is asked only where there is none here
