@@ -17,7 +17,6 @@ from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.phase import note, set_phase
-from trichord.core.phase import note, set_phase
 from trichord.engine.features import FeatureGradients, SlotLayout, features_of_step, gradients_of_step
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
@@ -84,7 +83,6 @@ class Stepper:
         losses = self._accumulate(batches, counts[0], gradients, first_output)
         after_backward = time.perf_counter()
         set_phase("update")
-        set_phase("update")
         grad_norm, skipped = self._update()
         values = dict(zip(COUNT_NAMES, counts.tolist()))
         seconds = {
@@ -140,11 +138,9 @@ class Stepper:
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             set_phase("forward", micro_step=number)
-            set_phase("forward", micro_step=number)
             output = first_output if first_output is not None else self.engine(batch)
             grads = gradients.of_micro_batch(number, batch) if gradients is not None else {}
             loss = micro_loss(self.objectives, output, global_labels, grads, self.world_size, len(batches))
-            set_phase("backward", micro_step=number)
             set_phase("backward", micro_step=number)
             self.engine.backward(loss, scale_wrt_gas=False)
             if self.objectives.next_token is not None:
