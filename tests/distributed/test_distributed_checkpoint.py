@@ -1,22 +1,30 @@
 """One checkpoint format for every ZeRO stage and world size, and a commit that a dying rank cannot fake."""
 
+import hashlib
+import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
+import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
 
 from trichord.batches.loader_state import LaneCursor, LoaderState
-from trichord.checkpoints import save
+from trichord.checkpoints import manifest as manifest_module
+from trichord.checkpoints import save, snapshot
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.load import find_latest, load_into
 from trichord.checkpoints.manifest import incomplete_reason
 from trichord.checkpoints.save import CheckpointSaver
-from trichord.checkpoints.state import group_hyperparameters, optimizer_step, slices_to_fill
+from trichord.checkpoints.slices import SliceReader
+from trichord.checkpoints.state import OwnedSlice, group_hyperparameters, optimizer_step, slices_to_fill
+from trichord.core.errors import CheckpointError
 from trichord.engine.config import EngineConfig
 from trichord.shards.lanes import LanePlanner, LaneSource
 
@@ -28,7 +36,7 @@ FIRST_STEPS = 4
 def engine_config(stage: int, rates: dict | None = None) -> EngineConfig:
     zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
     plain = {"zero_stage": stage, "precision": "fp32", "lr": 5e-3, "timeout_s": 60.0}
-    return EngineConfig(**plain, deepspeed={"zero_optimization": zero}, **(rates or {}))
+    return EngineConfig(**{**plain, **(rates or {})}, deepspeed={"zero_optimization": zero})
 
 
 def loader_state(step: int) -> LoaderState:
@@ -143,7 +151,7 @@ def save_twice(folder: str, victim: int, how: str):
     saver.begin(engine, 1, {"progress": {}}, loader_state(1))
     assert saver.finish()
     if facts.rank == victim:
-        save.write_safetensors = lambda path, tensors: break_off(path, how)
+        save.write_hashed = lambda path, data: break_off(path, how)
     saver.begin(engine, 2, {"progress": {}}, loader_state(2))
     if how == "killed":
         saver.config = CheckpointsConfig(commit_timeout_s=3)
@@ -214,3 +222,119 @@ def test_saves_in_a_row_on_two_ranks_keep_the_newest(tmp_path):
     assert by_rank[0], "rank 0 committed at a step boundary"
     assert by_rank[1] == []
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000006", "step-000008"]
+
+
+def save_slowly(folder: str):
+    """The copy takes longer than everything else; the optimizer may not overtake it, at any stage."""
+    by_stage = []
+    for stage in (0, 1, 3):
+        config = engine_config(stage, {"ema_decay": 0.9})
+        facts, engine, stepper = tiny.make_stepper(config, 8)
+        tiny.train_steps(facts, engine, stepper, config, 8, range(2))
+        saver = CheckpointSaver(Path(folder) / str(stage), CheckpointsConfig(), "a")
+        snapshot_copy = snapshot.Snapshot.copy
+        snapshot.Snapshot.copy = lambda self: (time.sleep(1.0), snapshot_copy(self))
+        saver.begin(engine, 2, {"progress": {}}, loader_state(2))
+        at_save = live_state(engine)
+        began = time.monotonic()
+        tiny.train_steps(facts, engine, stepper, config, 8, range(2, 4))
+        waited = time.monotonic() - began
+        snapshot.Snapshot.copy = snapshot_copy
+        assert saver.finish()
+        by_stage.append((at_save, live_state(engine), waited))
+        engine.destroy()
+    return by_stage
+
+
+def test_the_optimizer_waits_for_the_copy_of_the_state(tmp_path):
+    (by_stage,) = run_ranks(1, save_slowly, str(tmp_path))
+    for stage, (at_save, after, _) in zip((0, 1, 3), by_stage, strict=True):
+        reader = SliceReader(find_latest(tmp_path / str(stage)))
+        saved = {key: reader.read_full(*key).numpy().ravel() for key in at_save["pieces"]}
+        for key, array in whole([at_save]).items():
+            assert np.array_equal(saved[key], array), (stage, key)
+        moved = [key for key, array in whole([after]).items() if not np.array_equal(saved[key], array)]
+        assert {kind for _, kind in moved} == {"param", "exp_avg", "exp_avg_sq", "ema"}, stage
+
+
+def test_what_the_forward_pass_changes_is_copied_before_it(monkeypatch):
+    statistics, weight = torch.ones(3), torch.ones(2)
+    pieces = [
+        OwnedSlice("norm.running_mean", (3,), None, 0, 3, {"param": statistics}),
+        OwnedSlice("norm.weight", (2,), "decay", 0, 2, {"param": weight}),
+    ]
+    image = snapshot.HostImage()
+    taken = image.take(pieces, at_once=frozenset({"norm.running_mean"}))
+    statistics.fill_(7)
+    taken.copy()
+    taken.wait_copied()
+    tensors = safetensors.torch.load(bytes(taken.image))
+    assert tensors["norm.running_mean:param"].tolist() == [1, 1, 1]
+    assert tensors["norm.weight:param"].tolist() == [1, 1]
+    address = image._bytes.data_ptr()
+    weight.fill_(5)
+    again = image.take(pieces)
+    again.copy()
+    assert image._bytes.data_ptr() == address, "one block of memory, reused"
+    assert safetensors.torch.load(bytes(again.image))["norm.weight:param"].tolist() == [5, 5]
+
+
+def test_checkpoints_hashed_by_an_earlier_version_are_read(tmp_path):
+    run_ranks(1, save_twice_well, str(tmp_path))
+    newest = tmp_path / "step-000002"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert all(set(facts) == {"size", "blake3"} for facts in manifest["files"].values())
+    for name, facts in manifest["files"].items():
+        del facts["blake3"]
+        facts["blake2b"] = hashlib.blake2b((newest / name).read_bytes(), digest_size=16).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    reader = SliceReader(newest)
+    name = next(iter(reader.shapes))
+    assert reader.read_full(name).numel() > 0
+    del manifest["files"]["rank-00000.safetensors"]["blake2b"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no hash of rank-00000.safetensors that this version knows"):
+        SliceReader(newest).read_full(name)
+
+
+@pytest.mark.parametrize("key", ["step", "optimizer_step", "progress"])
+def test_a_training_state_without_a_key_names_it(tmp_path, key):
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    state = {"step": 1, "optimizer_step": 1, "progress": {}}
+    del state[key]
+    (folder / "train_state.json").write_text(json.dumps(state))
+    files = {"train_state.json": file_facts(folder / "train_state.json")}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(CheckpointError, match=rf"train_state.json lacks {key}:"):
+        read_facts(folder)
+
+
+@pytest.mark.parametrize("gone", ["size", "blake3", "file"])
+def test_a_manifest_without_its_facts_names_the_file(tmp_path, gone):
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    (folder / "train_state.json").write_text("{}")
+    facts = file_facts(folder / "train_state.json")
+    facts.pop(gone, None)
+    files = {"train_state.json": None if gone == "file" else facts}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    if gone != "blake3":
+        assert "of train_state.json" in incomplete_reason(folder)
+        assert find_latest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="of train_state.json"):
+        Manifest(folder).size("train_state.json")
+        Manifest(folder).verify("train_state.json")
+
+
+def test_each_file_is_hashed_once_and_the_manifest_read_once(tmp_path, monkeypatch):
+    run_ranks(1, save_twice_well, str(tmp_path))
+    hashed, read = [], []
+    monkeypatch.setattr(manifest_module, "hash_file", lambda path, kind: (hashed.append(path.name), hash_file(path))[1])
+    read_json = manifest_module.read_json
+    monkeypatch.setattr(manifest_module, "read_json", lambda path: (read.append(path.name), read_json(path))[1])
+    reader = SliceReader(tmp_path / "step-000002")
+    for name in reader.shapes:
+        reader.read_full(name)
+    assert sorted(hashed) == ["index.json", "rank-00000.safetensors"]
+    assert read == ["manifest.json"]

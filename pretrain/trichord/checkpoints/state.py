@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trichord.engine.ema import AVERAGE
 from trichord.engine.masters import Place, learned_parameters, masters, partition, places, torch_optimizer
+from trichord.engine.optimizers import update_counter
 
 WEIGHT = "param"
 
@@ -64,13 +65,8 @@ def create_optimizer_state(engine: Any, kinds: Mapping[str, Collection[str]], st
             state = optimizer.state[master]
             for kind in set(kinds.get(names[id(parameter)], ())) - {WEIGHT, AVERAGE} - state.keys():
                 state[kind] = torch.zeros_like(master.data)
-            if state and not isinstance(optimizer, torch.optim.SGD):  # which counts no updates
-                state["step"] = _counter(optimizer, master, step)
-
-
-def _counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> Tensor:
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return torch.tensor(float(step), dtype=torch.float32, device=master.device if on_device else "cpu")
+            if state:
+                state.update(update_counter(optimizer, master, step))
 
 
 def refresh_parameters(engine: Any) -> None:

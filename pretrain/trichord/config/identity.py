@@ -55,10 +55,12 @@ MAY_CHANGE_ON_RESUME = (
     "engine.min_lr_ratio",
     "engine.ema_decay",  # the training does not see it
     "engine.activation_checkpointing",
+    "engine.zero_init",
     "engine.max_bad_steps",
     "engine.timeout_s",
     "engine.heartbeat_timeout_s",
     "engine.offload",
+    "engine.offload_optimizer",
     "engine.deepspeed.**",
     "checkpoints.**",
     "tracking.**",

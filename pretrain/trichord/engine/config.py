@@ -52,6 +52,8 @@ class EngineConfig(Leaf):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an average of the weights, fp32: after each update `decay` of it and `1 - decay` of the new weights."""
     activation_checkpointing: bool = False
+    zero_init: bool = True
+    """Stage 3 on several ranks: build the model in slices, so that no rank ever holds it whole."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     timeout_s: float = Field(default=1800.0, gt=0)
@@ -60,6 +62,8 @@ class EngineConfig(Leaf):
     """A rank whose peer has given no sign of life for this long leaves without saving."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
+    offload_optimizer: Literal["deepspeed", "torch"] = "deepspeed"
+    """adamw and adam under `offload`: DeepSpeed's CPU Adam, vectorised C++ that is built at the first use, or torch's."""
     deepspeed: dict[str, Any] = {}
     """Overlay on the DeepSpeed JSON that is derived from this leaf; a conflict is an error."""
 

@@ -1,20 +1,31 @@
-"""The optimizers a run can choose from, all torch's own: DeepSpeed partitions their states, whatever they are."""
+"""The optimizers a run can choose from: DeepSpeed partitions their states, whatever they are."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from trichord.core.errors import ConfigError
+from trichord.core.log import get_logger
 from trichord.engine.config import EngineConfig
+
+log = get_logger(__name__)
 
 
 def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: torch.device) -> torch.optim.Optimizer:
     """`engine.optimizer` over the groups of `build_param_groups`.
 
-    On a GPU Adam is fused into one kernel, unless its states live in host memory.
+    On a GPU Adam is fused into one kernel; where its states live in host memory it is DeepSpeed's, made for that.
+
+    Raises:
+        ConfigError: DeepSpeed's CPU Adam cannot be built on this machine.
     """
-    fused = True if device.type == "cuda" and engine.offload == "none" else None
+    offloaded = engine.offload != "none"
+    if offloaded and engine.offload_optimizer == "deepspeed" and engine.optimizer in ("adamw", "adam"):
+        return _deepspeed_cpu_adam(groups, engine)
+    fused = True if device.type == "cuda" and not offloaded else None
     if engine.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, fused=fused)
     if engine.optimizer == "adam":
@@ -22,3 +33,32 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
     if engine.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=engine.lr, momentum=engine.momentum)
     return torch.optim.RMSprop(groups, lr=engine.lr, alpha=engine.betas[1], eps=engine.eps, momentum=engine.momentum)
+
+
+def update_counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Tensor | int]:
+    """The entry of a master's state that counts updates, after `step` of them; empty for SGD, which counts none."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    if isinstance(optimizer, torch.optim.SGD):
+        return {}
+    if isinstance(optimizer, DeepSpeedCPUAdam):
+        return {"step": step}
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return {"step": torch.tensor(float(step), dtype=torch.float32, device=master.device if on_device else "cpu")}
+
+
+def _deepspeed_cpu_adam(groups: list[dict[str, Any]], engine: EngineConfig) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    log.info("DeepSpeed's CPU Adam: its first use on a machine builds it, which takes minutes")
+    try:
+        return DeepSpeedCPUAdam(
+            groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, adamw_mode=engine.optimizer == "adamw"
+        )
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"engine.offload {engine.offload!r} with optimizer {engine.optimizer} takes DeepSpeed's CPU Adam, which "
+            f"could not be built here: {reason[0]}; install a C++ compiler and ninja, or set "
+            "engine.offload_optimizer=torch (equal states, slower updates)"
+        ) from error
