@@ -44,7 +44,7 @@ def restore(path: Path, ema: bool = False) -> Restored:
         CheckpointError: there is none, it is damaged, this version cannot build its model, or it has no average.
     """
     folder = resolve_checkpoint(path)
-    facts = read_train_state(folder)
+    facts = read_train_state(folder, needs=("step", "config"))
     config = stored_config(folder, facts["config"])
     tokenizer_folder = _tokenizer_of(folder, config)
     tokenizer = load_tokenizer(tokenizer_folder)

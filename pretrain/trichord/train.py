@@ -19,8 +19,9 @@ import torch.distributed as dist
 from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch, count_steps
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.transfer import move_ahead
+from trichord.checkpoints.commit import put_back_replaced, require_writable
 from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
-from trichord.checkpoints.save import CheckpointSaver, put_back_replaced, require_writable
+from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts

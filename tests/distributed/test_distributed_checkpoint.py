@@ -19,8 +19,9 @@ from trichord.batches.loader_state import LaneCursor, LoaderState
 from trichord.checkpoints import manifest as manifest_module
 from trichord.checkpoints import save, snapshot
 from trichord.checkpoints.config import CheckpointsConfig
-from trichord.checkpoints.load import find_latest, load_into
-from trichord.checkpoints.manifest import incomplete_reason
+from trichord.checkpoints.hashes import file_facts, hash_file
+from trichord.checkpoints.load import find_latest, load_into, read_facts
+from trichord.checkpoints.manifest import Manifest, incomplete_reason
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.checkpoints.slices import SliceReader
 from trichord.checkpoints.state import OwnedSlice, group_hyperparameters, optimizer_step, slices_to_fill
@@ -227,28 +228,26 @@ def test_saves_in_a_row_on_two_ranks_keep_the_newest(tmp_path):
 def save_slowly(folder: str):
     """The copy takes longer than everything else; the optimizer may not overtake it, at any stage."""
     by_stage = []
+    snapshot_copy = snapshot.Snapshot.copy
     for stage in (0, 1, 3):
         config = engine_config(stage, {"ema_decay": 0.9})
         facts, engine, stepper = tiny.make_stepper(config, 8)
         tiny.train_steps(facts, engine, stepper, config, 8, range(2))
         saver = CheckpointSaver(Path(folder) / str(stage), CheckpointsConfig(), "a")
-        snapshot_copy = snapshot.Snapshot.copy
         snapshot.Snapshot.copy = lambda self: (time.sleep(1.0), snapshot_copy(self))
         saver.begin(engine, 2, {"progress": {}}, loader_state(2))
         at_save = live_state(engine)
-        began = time.monotonic()
         tiny.train_steps(facts, engine, stepper, config, 8, range(2, 4))
-        waited = time.monotonic() - began
         snapshot.Snapshot.copy = snapshot_copy
         assert saver.finish()
-        by_stage.append((at_save, live_state(engine), waited))
+        by_stage.append((at_save, live_state(engine)))
         engine.destroy()
     return by_stage
 
 
 def test_the_optimizer_waits_for_the_copy_of_the_state(tmp_path):
     (by_stage,) = run_ranks(1, save_slowly, str(tmp_path))
-    for stage, (at_save, after, _) in zip((0, 1, 3), by_stage, strict=True):
+    for stage, (at_save, after) in zip((0, 1, 3), by_stage, strict=True):
         reader = SliceReader(find_latest(tmp_path / str(stage)))
         saved = {key: reader.read_full(*key).numpy().ravel() for key in at_save["pieces"]}
         for key, array in whole([at_save]).items():
@@ -293,7 +292,7 @@ def test_checkpoints_hashed_by_an_earlier_version_are_read(tmp_path):
     assert reader.read_full(name).numel() > 0
     del manifest["files"]["rank-00000.safetensors"]["blake2b"]
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="no hash of rank-00000.safetensors that this version knows"):
+    with pytest.raises(CheckpointError, match="no hash of rank-00000"):
         SliceReader(newest).read_full(name)
 
 
@@ -322,9 +321,9 @@ def test_a_manifest_without_its_facts_names_the_file(tmp_path, gone):
     if gone != "blake3":
         assert "of train_state.json" in incomplete_reason(folder)
         assert find_latest(tmp_path) is None
-    with pytest.raises(CheckpointError, match="of train_state.json"):
-        Manifest(folder).size("train_state.json")
-        Manifest(folder).verify("train_state.json")
+    ask = Manifest(folder).size if gone == "size" else Manifest(folder).verify
+    with pytest.raises(CheckpointError, match=r"of train_state\.json"):
+        ask("train_state.json")
 
 
 def test_each_file_is_hashed_once_and_the_manifest_read_once(tmp_path, monkeypatch):

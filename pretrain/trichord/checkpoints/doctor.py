@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trichord.batches.loader import LoaderState
+from trichord.checkpoints.hashes import hash_file
 from trichord.checkpoints.manifest import (
     FORMAT,
     INDEX_FILE,
     LOADER_FILE,
     MANIFEST_FILE,
     TRAIN_STATE_FILE,
-    hash_file,
+    Manifest,
     incomplete_reason,
     read_json,
     step_folders,
@@ -36,6 +37,7 @@ from trichord.engine.ema import AVERAGE
 Verdict = Literal["pass", "warn", "fail", "skip"]
 TRAIN_STATE_KEYS = ("step", "optimizer_step", "config", "progress")
 _CODE = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".pyd", ".py")
+_HASH_NAMES = {"blake3": "BLAKE3", "blake2b": "BLAKE2b"}
 _NAMED = 3
 _BLOCK = 2**24  # elements looked at at once
 
@@ -79,8 +81,8 @@ def examine(
         _complete(folder, manifest),
         _hashes(folder, manifest, on_progress),
         _no_code(folder),
-        _train_state(folder, manifest),
-        _loader_state(folder, manifest),
+        _train_state(folder, manifest.content if manifest else {}),
+        _loader_state(folder, manifest.content if manifest else {}),
     ]
     try:
         index = _read_index(folder)
@@ -116,42 +118,45 @@ def worst(findings: list[Finding]) -> Verdict:
     return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; empty where it names no files."""
+def _read_manifest(folder: Path) -> Manifest | None:
+    """None where it names no files."""
     try:
-        manifest = read_json(folder / MANIFEST_FILE)
-        return manifest if manifest["files"] else {}
-    except (CheckpointError, KeyError, TypeError):
-        return {}
+        return Manifest(folder)
+    except CheckpointError:
+        return None
 
 
-def _complete(folder: Path, manifest: dict[str, Any]) -> Finding:
-    if not manifest:
+def _complete(folder: Path, manifest: Manifest | None) -> Finding:
+    if manifest is None:
         return Finding("complete", "fail", f"{MANIFEST_FILE} is damaged: it names no files", _earlier(folder))
     problem = incomplete_reason(folder)
     if problem is not None:
         return Finding("complete", "fail", problem, _earlier(folder))
-    listed = set(manifest["files"])
+    listed = set(manifest.files)
     strange = sorted(path.name for path in folder.iterdir() if path.name not in listed | {MANIFEST_FILE})
     if strange:
         return Finding("complete", "warn", f"not in the manifest: {_some(strange)}", "remove what is not yours")
     return Finding("complete", "pass", f"{len(listed)} files of the sizes that the manifest names")
 
 
-def _hashes(folder: Path, manifest: dict[str, Any], on_progress: Callable[[], None]) -> Finding:
+def _hashes(folder: Path, manifest: Manifest | None, on_progress: Callable[[], None]) -> Finding:
+    if manifest is None:
+        return Finding("hashes", "fail", "there is no manifest to compare with", _earlier(folder))
+    wrong, kinds = [], set()
     try:
-        files = dict(manifest["files"])
-        wrong = []
-        for name, facts in files.items():
+        for name in manifest.files:
+            kind, expected = manifest.hash(name)
+            kinds.add(_HASH_NAMES[kind])
             path = folder / name
-            if path.is_file() and hash_file(path) != facts["blake2b"]:
+            if path.is_file() and hash_file(path, kind) != expected:
                 wrong.append(name)
             on_progress()
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (CheckpointError, OSError) as error:
         return Finding("hashes", "fail", f"the manifest cannot be used: {error}", _earlier(folder))
     if wrong:
         return Finding("hashes", "fail", f"bytes have changed since the save: {_some(wrong)}", _earlier(folder))
-    return Finding("hashes", "pass", f"{len(files)} files have the BLAKE2b hashes of the manifest")
+    said = " and ".join(sorted(kinds))
+    return Finding("hashes", "pass", f"{len(manifest.files)} files have the {said} hashes of the manifest")
 
 
 def _no_code(folder: Path) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from trichord.core.log import get_logger
 from trichord.engine.ema import AVERAGE
 
 log = get_logger(__name__)
+
+RESUME_KEYS = ("step", "optimizer_step", "progress")
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,33 @@ def resolve_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} is no checkpoint and no run folder with one: expected {path}/checkpoints/step-*/")
 
 
-def read_train_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config."""
-    return read_verified_json(folder, TRAIN_STATE_FILE)
+def read_train_state(folder: Path, needs: Sequence[str] = RESUME_KEYS) -> dict[str, Any]:
+    """The JSON part of a checkpoint: step, counters, optimizer groups, seed, the resolved config.
+
+    Raises:
+        CheckpointError: damaged, or without one of the keys that the caller `needs`.
+    """
+    state = read_verified_json(folder, TRAIN_STATE_FILE)
+    missing = [key for key in needs if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{Path(folder) / TRAIN_STATE_FILE} lacks {', '.join(missing)}: it is damaged or of another "
+            f"version; remove {folder} to go on from the checkpoint before it"
+        )
+    return state
 
 
 def read_facts(folder: Path) -> LoadedState:
-    """Everything of a checkpoint but its tensors."""
+    """Everything of a checkpoint but its tensors. Raises CheckpointError: it is damaged."""
     state = read_train_state(folder)
-    return LoadedState(
-        folder, int(state["step"]), state, LoaderState.from_json(read_verified_json(folder, LOADER_FILE))
-    )
+    content = read_verified_json(folder, LOADER_FILE)
+    try:
+        return LoadedState(folder, int(state["step"]), state, LoaderState.from_json(content))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{Path(folder) / LOADER_FILE} is not of its form ({type(error).__name__}: {error}): it is damaged or of "
+            f"another version; remove {folder} to go on from the checkpoint before it"
+        ) from error
 
 
 def load_into(engine: Any, folder: Path) -> LoadedState:

@@ -1,12 +1,8 @@
-"""Slices on disk: a streaming safetensors writer with a hash, and a reader of any range of any parameter."""
+"""Slices on disk: their names, and a reader of any range of any parameter."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trichord.checkpoints.manifest import FORMAT, INDEX_FILE, read_verified_json, verify_file
+from trichord.checkpoints.manifest import FORMAT, INDEX_FILE, Manifest, read_json
 from trichord.core.errors import CheckpointError
 
 
@@ -27,36 +23,6 @@ def slice_key(name: str, kind: str) -> str:
     return f"{name}:{kind}"
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write CPU tensors (contiguous fp32) as safetensors, hashed on the way to the disk, and fsync.
-
-    The library's writer gives no hash, and reading the file back would double the traffic.
-
-    Returns:
-        Size in bytes and BLAKE2b hex digest (16 bytes) of the file.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for key, tensor in tensors.items():
-        end = offset + tensor.numel() * 4
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the data that follows stays aligned
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "wb") as file:
-        for part in (len(head).to_bytes(8, "little"), head):
-            digest.update(part)
-            file.write(part)
-        for tensor in tensors.values():
-            data = tensor.numpy().data.cast("B") if tensor.numel() else b""
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return 8 + len(head) + offset, digest.hexdigest()
-
-
 class SliceReader:
     """Any range of any parameter or optimizer state of a checkpoint, whoever wrote it.
 
@@ -65,7 +31,9 @@ class SliceReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.index = read_verified_json(self.folder, INDEX_FILE)
+        self._manifest = Manifest(self.folder)
+        self._manifest.verify(INDEX_FILE)
+        self.index = read_json(self.folder / INDEX_FILE)
         if self.index.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.folder} has checkpoint format {self.index.get('format')!r}, this version reads {FORMAT}; "
@@ -109,7 +77,7 @@ class SliceReader:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
-            verify_file(self.folder, file)
+            self._manifest.verify(file)  # once: it stays open
             try:
                 self._files[file] = safe_open(str(self.folder / file), framework="pt")
             except Exception as error:

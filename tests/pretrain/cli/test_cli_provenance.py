@@ -98,6 +98,6 @@ def test_the_verb(run, capsys):
 
 
 def _facts(path):
-    from trichord.checkpoints.manifest import hash_file
+    from trichord.checkpoints.hashes import file_facts
 
-    return {"size": path.stat().st_size, "blake2b": hash_file(path)}
+    return file_facts(path)
