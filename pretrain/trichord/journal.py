@@ -1,12 +1,10 @@
-"""What a run writes down while it goes: its progress, a line of metrics every few steps, and the verdict."""
+"""What a run writes down while it goes: its progress, and a line of metrics every few steps."""
 
 from __future__ import annotations
 
-import fcntl
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +14,8 @@ from trichord.batches.loader import StepBatch, StepStats
 from trichord.checkpoints.load import LoadedState
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
-from trichord.core.dist import rank_facts
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, DataError, TrichordError
+from trichord.core.errors import DataError, TrichordError
 from trichord.core.log import get_logger
-from trichord.core.status import Status, write_rank_status, write_status
 from trichord.engine.step import StepResult
 from trichord.engine.together import gather_lists
 from trichord.objectives.combine import total_loss
@@ -29,7 +25,6 @@ from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
 
-LOCK_FILE = ".train.lock"
 MAX_EMPTY_STEPS = 10
 
 
@@ -186,83 +181,3 @@ def _peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Verdict:
-    """Writes what became of the run: rank 0 the run's status, any failing rank its own."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.attempt = 0
-        self.step = 0
-        self.rank = rank_facts().rank
-        self._lock: IO[str] | None = None
-        self._begun = False  # until the folder is known to be ours, its status.json may be another run's
-
-    def hold(self, folder: Path) -> None:
-        """Rank 0: keep the run folder to this process; the system lets go of it when the process ends, however it ends.
-
-        Raises:
-            ConfigError: another process on this machine is training this run, or the folder cannot be made.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (held until `release`)
-        except OSError as error:
-            raise ConfigError(f"run folder {folder} cannot be written: {error}; choose another run.root") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"run folder {folder} is being trained by another process; stop that one, or choose another run.name"
-            ) from error
-        except OSError as error:  # a file system without locks
-            log.warning("cannot lock %s: %s; take care that no other process trains this run", folder, error)
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    def begin(self, folder: RunFolder, step: int) -> None:
-        self.folder, self.attempt, self.step = folder.path, folder.attempt, step
-        self._begun = True
-        self._run("running", EXIT_DONE, "")
-
-    def ended(self, finished: bool, saved: bool, signal_name: str) -> None:
-        """The loop is over; without its last checkpoint the run has failed, whatever ended the loop."""
-        if not saved:
-            self._run("failed", EXIT_UNEXPECTED, f"the checkpoint of step {self.step} could not be written")
-            raise TrichordError(f"the last checkpoint (step {self.step}) could not be written; see the log of rank 0")
-        if finished:
-            self._run("finished", EXIT_DONE, "all steps done")
-        else:
-            self._run("stopped", EXIT_STOPPED, f"stopped by {signal_name} with a checkpoint")
-
-    def failed(self, error: BaseException) -> None:
-        """An exception on this rank ends the run."""
-        code = error.exit_code if isinstance(error, TrichordError) else EXIT_UNEXPECTED
-        reason = str(error) if isinstance(error, TrichordError) else f"{type(error).__name__}: {error}"
-        self._rank(code, reason)
-        self._run("failed", code, reason)
-
-    def lost(self, reason: str) -> None:
-        """Called by the watcher's thread just before it leaves."""
-        self._rank(EXIT_UNEXPECTED, reason)
-        self._run("failed", EXIT_UNEXPECTED, reason)
-
-    def _rank(self, code: int, reason: str) -> None:
-        try:
-            write_rank_status(self.folder, self.rank, self._status("failed", code, reason))
-        except OSError as error:  # the folder itself may be what failed
-            log.error("cannot write the status of this rank in %s: %s", self.folder, error)
-
-    def _run(self, outcome: Any, code: int, reason: str) -> None:
-        if self.rank != 0 or not self._begun:
-            return
-        try:
-            write_status(self.folder, self._status(outcome, code, reason))
-        except OSError as error:  # a full disk, say: must not hide what ended the run
-            log.error("cannot write the status of the run in %s: %s", self.folder, error)
-
-    def _status(self, outcome: Any, code: int, reason: str) -> Status:
-        return Status(outcome, code, self.step, reason, self.attempt, time.time())

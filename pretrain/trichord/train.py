@@ -34,8 +34,8 @@ from trichord.engine.build import apply_timeout, build_engine, set_rates, start_
 from trichord.engine.features import SlotLayout
 from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
-from trichord.engine.watch import PeerWatch, StopFlag
-from trichord.journal import Progress, Recording, Verdict
+from trichord.engine.watch import StopFlag
+from trichord.journal import Progress, Recording
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, training_lengths
 from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.shards.index import index_shards
@@ -43,6 +43,7 @@ from trichord.shards.sources import expand_shards
 from trichord.shards.storage import configure_storage
 from trichord.tracking.progress import work_progress
 from trichord.tracking.recorder import Recorder
+from trichord.verdict import Verdict
 
 log = get_logger(__name__)
 MAX_INDEXERS = 16
@@ -59,13 +60,15 @@ def run(config: RunConfig) -> int:
         TrichordError: with its exit code, after the status was written.
     """
     stop = StopFlag().install()
-    verdict = Verdict(run_path(config))
+    verdict = Verdict(config)
     try:
         code = train(config, stop, verdict)
         return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else code
     except BaseException as error:
-        verdict.failed(error)
-        raise
+        told = verdict.failed(error)
+        if told is error:
+            raise
+        raise told from error
     finally:
         verdict.release()
 
@@ -75,7 +78,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     # The job, and the run it is part of.
     facts, device = start_process_group(config.engine.timeout_s)
     folder, start, token = decide_on_rank_0(lambda: open_run(config, verdict))
-    verdict.begin(folder, start.step if start else 0)
+    watch = verdict.begin(folder, start.step if start else 0)
     configure_logging(folder.path / "logs" / f"rank-{facts.rank:05d}.log")
     resumed = start if folder.kind != "fresh" else None
 
@@ -111,7 +114,6 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         engine, config.objectives, device=device, layout=layout, max_grad_norm=config.engine.max_grad_norm
     )
     saver = CheckpointSaver(folder.path / "checkpoints", config.checkpoints, token)
-    watch = PeerWatch(config.engine.heartbeat_timeout_s, verdict.lost).start()
     apply_timeout(config.engine.timeout_s)
 
     # Tracking, then the steps.
@@ -126,6 +128,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
     stopping = progress.step >= total_steps
     steps = move_ahead(iter(loader), device)
+    watch.arm()
     while not stopping:
         set_phase("data wait")
         waited = time.monotonic()

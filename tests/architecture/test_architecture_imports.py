@@ -27,6 +27,7 @@ ROOMS = (
     "config",
     "restore",
     "journal",
+    "verdict",
     "train",
     "evaluate",
     "export",

@@ -59,6 +59,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.max_bad_steps",
     "engine.timeout_s",
     "engine.heartbeat_timeout_s",
+    "engine.stuck_after_s",
     "engine.offload",
     "engine.offload_optimizer",
     "engine.deepspeed.**",

@@ -10,6 +10,8 @@ from trichord.core.dist import rank_facts
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Has a data worker write its python stack to the log of its rank."""
+FILE_ONLY = {"file_only": True}
+"""`extra` of a message that stderr gets in other words."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -68,6 +70,7 @@ def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -
     root.propagate = False
     stderr = _ToStderr()
     stderr.setLevel(level if facts.rank == 0 else logging.WARNING)
+    stderr.addFilter(lambda record: not getattr(record, "file_only", False))
     handlers: list[logging.Handler] = [stderr]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,9 @@ class EngineConfig(Leaf):
     """Limit of any collective, applied to every process group."""
     heartbeat_timeout_s: float = Field(default=20.0, ge=3.0)
     """A rank whose peer has given no sign of life for this long leaves without saving."""
+    stuck_after_s: float | None = Field(default=None, gt=0)
+    """When nothing has moved on any rank for this long, the run says which rank is stuck in what, and leaves; it warns
+    at half of it. null: half of `timeout_s`, after which a collective fails without saying why."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
     offload_optimizer: Literal["deepspeed", "torch"] = "deepspeed"
@@ -67,8 +70,17 @@ class EngineConfig(Leaf):
     deepspeed: dict[str, Any] = {}
     """Overlay on the DeepSpeed JSON that is derived from this leaf; a conflict is an error."""
 
+    @property
+    def stuck_limit_s(self) -> float:
+        return self.stuck_after_s if self.stuck_after_s is not None else self.timeout_s / 2
+
     @model_validator(mode="after")
     def _supported(self):
+        if self.stuck_limit_s >= self.timeout_s:
+            raise ValueError(
+                f"stuck_after_s {self.stuck_limit_s:g} must be below timeout_s {self.timeout_s:g}: after that a "
+                "collective fails before anybody could say which rank is stuck"
+            )
         if self.zero_stage == 0 and self.precision in ("bf16", "fp16"):
             raise ValueError(
                 f"zero_stage 0 with precision {self.precision} is refused: DeepSpeed's unfused optimizer starts Adam "

@@ -1,7 +1,7 @@
 """The record of a run: `metrics.jsonl` and `events.jsonl`, one JSON object per line, flushed line by line. No torch.
 
 Everything else that shows a run (the report, Weights & Biases, `trichord-launch status`) is a copy of these files.
-Only rank 0 writes them.
+Rank 0 writes them; the event of a fault comes from whichever rank noticed it.
 
     {"step": 120, "time": 1767225600.0, "train/loss": 2.31, "speed/tokens_per_s": 81234.0}
 
@@ -84,6 +84,21 @@ class EventsWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def append_event(folder: Path, kind: str, *, step: int | None, attempt: int, **facts: Any) -> None:
+    """One event from any rank, without an open file: one write at the end of the file, which no other writer can split.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    event = {"time": time.time(), "kind": kind, "step": step, "attempt": attempt}
+    line = json.dumps({**{name: _jsonable(fact) for name, fact in facts.items()}, **event}, allow_nan=False)
+    file = os.open(Path(folder) / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(file, f"{line}\n".encode())
+    finally:
+        os.close(file)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

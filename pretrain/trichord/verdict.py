@@ -1,0 +1,168 @@
+"""What became of a run: its status files, the event of its end, the last message in each rank's log.
+
+Whoever notices a fault first writes for the run, whichever rank it is, since rank 0 may be the dead one: the first to
+make `attempts/K/fault.json` appends the event and sets `status.json`. Each rank that fails writes its own status.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from trichord.config.identity import RunFolder, run_path
+from trichord.config.run import RunConfig
+from trichord.core.dist import rank_facts
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
+from trichord.core.log import FILE_ONLY, get_logger
+from trichord.core.status import Status, write_rank_status, write_status
+from trichord.engine.fault import Fault, FaultError, is_broken_collective, readable
+from trichord.engine.watch import PeerWatch
+from trichord.tracking.metrics import append_event
+
+log = get_logger(__name__)
+
+LOCK_FILE = ".train.lock"
+FAULT_FILE = "fault.json"
+
+
+class Verdict:
+    """Writes what became of the run; every rank has one."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.folder = run_path(config)
+        self.attempt = 0
+        self.step = 0
+        self.rank = rank_facts().rank
+        self.watch: PeerWatch | None = None
+        self._lock: IO[str] | None = None
+        self._begun = False  # until the folder is known to be ours, its status.json may be another run's
+        self._said = threading.Lock()  # the watcher's thread and the main thread may both come to an end
+
+    def hold(self, folder: Path) -> None:
+        """Rank 0: keep the run folder to this process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+            ConfigError: another process on this machine is training this run, or the folder cannot be made.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (held until `release`)
+        except OSError as error:
+            raise ConfigError(f"run folder {folder} cannot be written: {error}; choose another run.root") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run folder {folder} is being trained by another process; stop that one, or choose another run.name"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.warning("cannot lock %s: %s; take care that no other process trains this run", folder, error)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def begin(self, folder: RunFolder, step: int) -> PeerWatch:
+        """The folder is this run's: its status may be written, and the ranks watch each other from here on."""
+        self.folder, self.attempt, self.step = folder.path, folder.attempt, step
+        self._begun = True
+        if self.rank == 0:
+            self._run("running", EXIT_DONE, "")
+        self.watch = PeerWatch(self.config.engine, self).start()
+        return self.watch
+
+    def ended(self, finished: bool, saved: bool, signal_name: str) -> None:
+        """The loop is over; without its last checkpoint the run has failed, whatever ended the loop."""
+        if not saved:
+            raise TrichordError(f"the last checkpoint (step {self.step}) could not be written; see the log of rank 0")
+        if self.rank != 0:
+            return
+        if finished:
+            self._run("finished", EXIT_DONE, "all steps done")
+        else:
+            self._run("stopped", EXIT_STOPPED, f"stopped by {signal_name} with a checkpoint")
+
+    def failed(self, error: BaseException) -> BaseException:
+        """An exception on this rank ends the run. Returns what to raise: one message where a user can act on it."""
+        if self.watch is not None and is_broken_collective(error):
+            fault = self.watch.cause_of(error)
+            told: BaseException = FaultError(fault.reason, fault.code)
+        else:
+            told = readable(error, self.config.engine, self.config.batches.micro_rows)
+            code = told.exit_code if isinstance(told, TrichordError) else EXIT_UNEXPECTED
+            reason = str(told) if isinstance(told, TrichordError) else f"{type(told).__name__}: {told}"
+            fault = Fault("error", reason, code, self.rank)
+            if self.watch is not None:
+                self.watch.tell(fault)
+        trace = None if isinstance(told, TrichordError) else told
+        self._record(fault, trace)
+        return told
+
+    def lost(self, fault: Fault) -> None:
+        """Called by the watcher's thread just before it leaves."""
+        self._record(fault, None)
+
+    def slow(self, report: str, table: Sequence[str]) -> None:
+        """A step that takes long, before it is called stuck."""
+        log.warning("%s", "\n  ".join([report, *table]))
+        self._event("slow", {"reason": report, "ranks": list(table)})
+
+    def _record(self, fault: Fault, trace: BaseException | None) -> None:
+        """Once in a process: the log, this rank's status; for the run, if nobody has done so, its status and event."""
+        if not self._said.acquire(blocking=False):
+            return
+        whose = f"rank {fault.rank}: " if fault.kind == "error" and fault.rank not in (None, self.rank) else ""
+        reason = whose + fault.reason
+        # On stderr the process's own end says it; a watcher's has no other words.
+        extra = FILE_ONLY if fault.kind == "error" and fault.rank == self.rank else None
+        log.error("leaving without saving: %s", "\n  ".join([reason, *fault.table]), exc_info=trace, extra=extra)
+        self._rank(fault.code, reason)
+        if not self._begun or not self._first(fault):
+            return
+        self._run("failed", fault.code, reason)
+        facts = {"rank": fault.rank, "stuck": list(fault.stuck), "ranks": list(fault.table)}
+        known = {name: value for name, value in facts.items() if value not in (None, [])}
+        self._event(
+            "fault", {"fault": fault.kind, "reason": reason, "code": fault.code, "noticed_by": self.rank, **known}
+        )
+
+    def _first(self, fault: Fault) -> bool:
+        """Whether no other rank has written of the end of this attempt. Where nothing can be written, rank 0 tries."""
+        path = self.folder / "attempts" / str(self.attempt) / FAULT_FILE
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, "noticed_by": self.rank, **asdict(fault)}, indent=1) + "\n")
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            log.error("cannot write %s: %s", path, error)
+            return self.rank == 0
+
+    def _event(self, kind: str, facts: dict[str, Any]) -> None:
+        try:
+            append_event(self.folder, kind, step=self.step, attempt=self.attempt, **facts)
+        except OSError as error:
+            log.error("cannot write the event in %s: %s", self.folder, error)
+
+    def _rank(self, code: int, reason: str) -> None:
+        try:
+            write_rank_status(self.folder, self.rank, self._status("failed", code, reason))
+        except OSError as error:  # the folder itself may be what failed
+            log.error("cannot write the status of this rank in %s: %s", self.folder, error)
+
+    def _run(self, outcome: Any, code: int, reason: str) -> None:
+        try:
+            write_status(self.folder, self._status(outcome, code, reason))
+        except OSError as error:  # a full disk, say: must not hide what ended the run
+            log.error("cannot write the status of the run in %s: %s", self.folder, error)
+
+    def _status(self, outcome: Any, code: int, reason: str) -> Status:
+        return Status(outcome, code, self.step, reason, self.attempt, time.time())
