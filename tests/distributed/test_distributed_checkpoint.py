@@ -53,7 +53,7 @@ def live_state(engine) -> dict:
     pieces = {}
     for piece in slices_to_fill(engine):
         for kind, tensor in piece.tensors.items():
-            pieces.setdefault((piece.name, kind), []).append((piece.start, tensor.detach().clone().numpy()))
+            pieces.setdefault((piece.name, kind), []).append((piece.start, tensor.detach().clone().float().numpy()))
     return {"pieces": pieces, "step": optimizer_step(engine), "groups": group_hyperparameters(engine)}
 
 

@@ -10,13 +10,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from trichord.engine.ema import AVERAGE
 from trichord.engine.masters import Place, learned_parameters, masters, partition, places, torch_optimizer
-from trichord.engine.optimizers import update_counter
+from trichord.engine.optimizers import empty_state
 
 WEIGHT = "param"
 
@@ -59,14 +58,14 @@ def create_optimizer_state(engine: Any, kinds: Mapping[str, Collection[str]], st
     """Make zero-filled optimizer states as they would exist after `step` updates. kinds: of each parameter, by name."""
     optimizer, live, stage = torch_optimizer(engine), masters(engine), engine.zero_optimization_stage()
     names = {id(parameter): name for name, parameter in named_parameters(engine)}
+    of_master: dict[int, set[str]] = {}
     for first, _, parameters in learned_parameters(engine):
         for i, parameter in enumerate(parameters):
-            master = live[first + i if stage == 0 else first]
-            state = optimizer.state[master]
-            for kind in set(kinds.get(names[id(parameter)], ())) - {WEIGHT, AVERAGE} - state.keys():
-                state[kind] = torch.zeros_like(master.data)
-            if state:
-                state.update(update_counter(optimizer, master, step))
+            stored = set(kinds.get(names[id(parameter)], ())) - {WEIGHT, AVERAGE}
+            of_master.setdefault(first + i if stage == 0 else first, set()).update(stored)
+    for number, stored in of_master.items():
+        if state := empty_state(optimizer, live[number], sorted(stored), step):
+            optimizer.state[live[number]] = state
 
 
 def refresh_parameters(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
 from trichord.engine.config import EngineConfig
+from trichord.engine.half_moments import HalfMomentsAdam
 
 log = get_logger(__name__)
 
@@ -26,6 +28,9 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
     if offloaded and engine.offload_optimizer == "deepspeed" and engine.optimizer in ("adamw", "adam"):
         return _deepspeed_cpu_adam(groups, engine)
     fused = True if device.type == "cuda" and not offloaded else None
+    if engine.optimizer_states == "bf16":
+        options = {"lr": engine.lr, "betas": engine.betas, "eps": engine.eps, "fused": bool(fused)}
+        return HalfMomentsAdam(groups, decoupled=engine.optimizer == "adamw", **options)
     if engine.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, fused=fused)
     if engine.optimizer == "adam":
@@ -35,8 +40,15 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
     return torch.optim.RMSprop(groups, lr=engine.lr, alpha=engine.betas[1], eps=engine.eps, momentum=engine.momentum)
 
 
-def update_counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Tensor | int]:
-    """The entry of a master's state that counts updates, after `step` of them; empty for SGD, which counts none."""
+def empty_state(optimizer: torch.optim.Optimizer, master: Tensor, kinds: Iterable[str], step: int) -> dict[str, Any]:
+    """The state of a master after `step` updates, with zeros for each kind: tensors of its shape, and the counter."""
+    dtype = torch.bfloat16 if isinstance(optimizer, HalfMomentsAdam) else master.dtype
+    state = {kind: torch.zeros_like(master.data, dtype=dtype) for kind in kinds}
+    return {**state, **_counter(optimizer, master, step)} if state else {}
+
+
+def _counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Tensor | int]:
+    """What counts the updates of a master; empty for SGD, which counts none."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     if isinstance(optimizer, torch.optim.SGD):

@@ -1,0 +1,100 @@
+"""What each optimizer computes, against plain formulas; and which one is taken where."""
+
+import pytest
+import torch
+from torch import nn
+
+from trichord.engine import half_moments
+from trichord.engine.config import EngineConfig
+from trichord.engine.half_moments import HalfMomentsAdam
+from trichord.engine.optimizers import build_optimizer, empty_state
+
+CPU = torch.device("cpu")
+
+
+def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def gradient_like(weight: torch.Tensor, step: int) -> torch.Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 + step))
+
+
+def test_adam_is_fused_on_a_gpu_unless_its_states_are_in_host_memory():
+    def fused(device: str, **engine):
+        groups = [{"params": [parameter(3)], "weight_decay": 0.1}]
+        return build_optimizer(groups, EngineConfig(**engine), torch.device(device)).param_groups[0]["fused"]
+
+    for optimizer in ("adamw", "adam"):
+        assert fused("cuda", optimizer=optimizer) is True
+        assert fused("cuda", optimizer=optimizer, optimizer_states="bf16") is True
+        assert not fused("cuda", optimizer=optimizer, offload="optimizer", offload_optimizer="torch")
+        assert not fused("cpu", optimizer=optimizer)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_bf16_moments_are_those_of_the_formula_rounded_after_each_step(decoupled, monkeypatch):
+    monkeypatch.setattr(half_moments, "_BLOCK", 7)  # several blocks, the last one shorter
+    weight = parameter(5, 6)
+    expected, first, second = weight.detach().double().clone(), torch.zeros(5, 6), torch.zeros(5, 6)
+    lr, betas, eps, decay = 0.01, (0.9, 0.95), 1e-8, 0.1
+    groups = [{"params": [weight], "weight_decay": decay}]
+    optimizer = HalfMomentsAdam(groups, lr=lr, betas=betas, eps=eps, decoupled=decoupled, fused=False)
+    for step in range(1, 5):
+        weight.grad = gradient_like(weight, step)
+        optimizer.step()
+        gradient = weight.grad.double() + (0.0 if decoupled else decay * expected)
+        expected *= 1 - lr * decay if decoupled else 1.0
+        new_first = betas[0] * first.double() + (1 - betas[0]) * gradient
+        new_second = betas[1] * second.double() + (1 - betas[1]) * gradient**2
+        expected -= lr * (new_first / (1 - betas[0] ** step)) / ((new_second / (1 - betas[1] ** step)).sqrt() + eps)
+        first, second = new_first.bfloat16().float(), new_second.bfloat16().float()
+    state = optimizer.state[weight]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    assert torch.allclose(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(state["exp_avg"].float(), first, rtol=2**-7, atol=1e-6)  # rounding may fall either way
+    assert torch.allclose(state["exp_avg_sq"].float(), second, rtol=2**-7, atol=1e-6)
+    assert int(state["step"]) == 4
+
+
+def test_a_moment_in_bf16_falls_at_every_beta_that_is_allowed():
+    """And not at those that are refused: 2^-8 is where rounding begins to undo the fall."""
+
+    def stays(beta: float) -> bool:
+        moment = torch.linspace(1, 2, 129)[:-1].bfloat16()  # every value that bf16 has between 1 and 2
+        return bool(((moment.float() * beta).bfloat16() == moment).any())
+
+    assert not stays(1 - 2.0**-8)
+    assert stays(0.997)
+    with pytest.raises(ValueError, match=r"betas \[0.9, 0.999\]: .* no beta may exceed 0.9961"):
+        EngineConfig(optimizer_states="bf16", betas=(0.9, 0.999))
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"optimizer": "sgd"}, "for the moments of adamw and adam, got optimizer sgd"),
+        ({"offload": "optimizer"}, "set offload_optimizer to torch"),
+    ],
+)
+def test_bf16_moments_where_there_are_none_are_refused(engine, words):
+    with pytest.raises(ValueError, match=words):
+        EngineConfig(optimizer_states="bf16", **engine)
+
+
+def test_an_empty_state_is_what_the_optimizer_itself_would_have_made():
+    for engine in (
+        {},
+        {"optimizer": "adam", "optimizer_states": "bf16"},
+        {"optimizer": "rmsprop"},
+        {"optimizer": "sgd"},
+    ):
+        weight = parameter(4, 3)
+        optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.0}], EngineConfig(**engine), CPU)
+        weight.grad = gradient_like(weight, 0)
+        optimizer.step()
+        made = optimizer.state[weight]
+        ours = empty_state(optimizer, weight, [kind for kind in made if kind != "step"], 1)
+        assert ours.keys() == made.keys()
+        for kind, value in made.items():
+            assert (ours[kind].shape, ours[kind].dtype) == (value.shape, value.dtype), (engine, kind)
