@@ -90,6 +90,47 @@ def slurm(
 
 
 @app.command()
+def preflight(
+    config: Annotated[str, typer.Argument(help="Run config: a YAML file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values on top of it: engine.lr=3e-4 ...")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Cluster file, or the name of one.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Look at this many nodes of it, too.")] = None,
+    nodes_list: Annotated[str | None, typer.Option(help="Look at these: n1,n2,n3.")] = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Look at this machine as a node, with this many ranks.")
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="What `trichord plan --save` wrote.")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download tokenizer and backbones first.")] = False,
+    port: Annotated[int | None, typer.Option(help="At which ranks shall meet. Default: the launcher's choice.")] = None,
+    time: Annotated[str, typer.Option(help="Time limit of the job that looks at nodes.")] = "10",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job that would look at nodes.")] = False,
+) -> None:
+    """Find what would stop a run before it waits in a queue, and say what to do about it.
+
+    Exit codes: 0 ready, 2 config, 3 data, 4 checkpoint, 69 a machine is not fit; of several the first of these.
+    """
+    from trichord_launch.preflight.finding import exit_code
+    from trichord_launch.preflight.preflight import preflight as look
+    from trichord_launch.preflight.preflight import show
+    from trichord_launch.preflight.report import as_json as render_json
+    from trichord_launch.preflight.report import print_table
+    from trichord_launch.preflight.request import Request
+
+    named = tuple(name for name in (nodes_list or "").split(",") if name)
+    request = Request(config, overrides or (), cluster, nodes, named, procs, plan, fetch, port, time)
+    if dry_run:
+        typer.echo(show(request), nl=False)
+        return
+    result = look(request, lambda text: typer.echo(text, err=True))
+    if as_json:
+        typer.echo(render_json(result.findings, {"links": result.links}))
+    else:
+        print_table(result.findings)
+    raise typer.Exit(exit_code(result.findings))
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(help="Run folder, or name of a run under runs/.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

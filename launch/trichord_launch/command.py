@@ -89,6 +89,7 @@ def _environment(job: LocalJob, machine: Machine, environ: Mapping[str, str], py
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are here; the network of a laptop comes and goes
         # Ranks that share torchrun's own store could not connect to each other after a restart (torch 2.14).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "HF_HUB_OFFLINE": "1",  # nothing is downloaded while ranks wait; `preflight --fetch` does it before
         "PYTHONUNBUFFERED": "1",
     }
     if machine.gpus == 0:

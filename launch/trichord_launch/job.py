@@ -54,7 +54,7 @@ class SlurmJob:
     launcher: `torchrun` starts one per node, `srun` one task per rank. cores: per rank, None: unknown.
     python: for the ranks; entry: what each rank runs before the config.
     runner: the module that a task of srun runs. srun, prefix: more options, words in front of the task's command.
-    requeue: the job may be put back into the queue.
+    requeue: the job may be put back into the queue. network_gb_per_s: of a node, as the cluster file promises.
     """
 
     run_name: str
@@ -76,6 +76,7 @@ class SlurmJob:
     stop_timeout_s: float = 660.0
     budget: Budget = Budget()
     check: NodeCheck = NodeCheck()
+    network_gb_per_s: float | None = None
 
     @property
     def ranks(self) -> int:

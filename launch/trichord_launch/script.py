@@ -21,6 +21,7 @@ class Script:
 
     folder: of the submission, where the script, the log and `job.json` lie; cwd: where the ranks run.
     cells: how many jobs of an array, 0: no array; at_once: how many of them may run at a time.
+    module: what the batch process runs.
     """
 
     run_name: str
@@ -32,6 +33,7 @@ class Script:
     python: str
     cells: int = 0
     at_once: int | None = None
+    module: str = "trichord_launch.batch"
 
 
 def render_script(script: Script) -> str:
@@ -98,7 +100,7 @@ def _command(script: Script) -> str:
     """The last line; each job of an array reads its own `job.json`."""
     folder = shlex.quote(str(script.folder))
     job = f'{folder}/cells/"$SLURM_ARRAY_TASK_ID".json' if script.cells else f"{folder}/job.json"
-    return f"{shlex.quote(script.python)} -m trichord_launch.batch {job}"
+    return f"{shlex.quote(script.python)} -m {script.module} {job}"
 
 
 def _quoted(text: str) -> str:

@@ -86,7 +86,7 @@ def prepare(request: Request, now: float | None = None) -> Submission:
         cluster=cluster,
         nodes=request.nodes,
         time=request.time or (cluster.slurm.time_limit if cluster.slurm else ""),
-        python=cluster.python or sys.executable,
+        python=batch_python(cluster),
         cells=len(runs) if request.grid else 0,
         at_once=request.at_once,
     )
@@ -169,10 +169,11 @@ def _run_of(
         config = load_run_config(request.config, [*request.overrides, *added])
     inspect_run_folder(config)
     place = run_path(config).absolute()
-    return config, _job(request, cluster, config, place, place / "submissions" / folder.name)
+    return config, slurm_job(request, cluster, config, place, place / "submissions" / folder.name)
 
 
-def _job(request: Request, cluster: ClusterConfig, config: RunConfig, place: Path, submission: Path) -> SlurmJob:
+def slurm_job(request: Request, cluster: ClusterConfig, config: RunConfig, place: Path, submission: Path) -> SlurmJob:
+    """The job of one run. place: its folder; submission: folder of what is submitted, where its config lies."""
     slurm = cluster.slurm
     assert slurm is not None  # _check_request
     container = slurm.container
@@ -190,7 +191,7 @@ def _job(request: Request, cluster: ClusterConfig, config: RunConfig, place: Pat
         ranks_per_node=cluster.gpus_per_node,
         cores=slurm.cpus_per_task,
         gpus=cluster.env.get("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR")) != "cpu",
-        python=container.python if container else cluster.python or sys.executable,
+        python=container.python if container else batch_python(cluster),
         entry=request.entry,
         srun=tuple(options),
         prefix=slurm.task_prefix,
@@ -198,10 +199,16 @@ def _job(request: Request, cluster: ClusterConfig, config: RunConfig, place: Pat
         stop_timeout_s=config.checkpoints.commit_timeout_s + _STOP_MARGIN_S,
         budget=request.budget,
         check=NodeCheck(**cluster.node_check.model_dump()),
+        network_gb_per_s=cluster.node_network_gb_per_s,
     )
     if request.launcher == "srun":
         job = replace(job, launcher="srun", runner=RANK_RUNNER)
     return replace(job, runner=request.runner or (RANK_RUNNER if request.launcher == "srun" else NODE_RUNNER))
+
+
+def batch_python(cluster: ClusterConfig) -> str:
+    """The interpreter of the batch process, which stays outside a container."""
+    return cluster.python or sys.executable
 
 
 def _check_request(request: Request, cluster: ClusterConfig) -> None:

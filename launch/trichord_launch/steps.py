@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trichord_launch.command import Command
-from trichord_launch.job import SlurmJob
+from trichord_launch.job import NodeCheck, SlurmJob
 
 # Slurm signals every process of a step, and the ranks alone shall answer: torchrun would die of USR1 and kills ranks
 # that are slow to save after TERM. Ranks inherit this too, so that nothing is lost while they import; then they listen.
@@ -49,15 +49,21 @@ def check_step(job: SlurmJob, folder: Path, nodes: Sequence[str] = ()) -> Comman
     argv = _srun(job, 1, len(nodes) or job.nodes)
     argv += [f"--nodelist={','.join(nodes)}"] if nodes else []
     argv += ["--kill-on-bad-exit=0", f"--output={_pattern(folder)}/%N.log"]
-    argv += [*job.prefix, job.python, "-m", "trichord_launch.node_check", str(folder), job.run_folder]
-    argv += ["--gpus", str(job.ranks_per_node if job.gpus else 0)]
-    argv += ["--disk-gib", f"{job.check.min_disk_free_gib:g}", "--shm-gib", f"{job.check.min_shm_free_gib:g}"]
-    argv += ["--gpu-gib", f"{job.check.min_device_gib:g}"] if job.check.min_device_gib else []
-    argv += ["--commit"] if job.check.commit else []
-    argv += ["--token", *job.check.token] if job.check.token else []
-    for option, values in (("--see", job.check.see), ("--command", job.check.commands)):
+    argv += [*job.prefix, job.python]
+    gpus = job.ranks_per_node if job.gpus else 0
+    return Command((*argv, *check_words(job.check, folder, job.run_folder, gpus)), {})
+
+
+def check_words(check: NodeCheck, folder: Path, run_folder: str, gpus: int) -> list[str]:
+    """What Python is given to look at the node it runs on."""
+    argv = ["-m", "trichord_launch.node_check", str(folder), run_folder, "--gpus", str(gpus)]
+    argv += ["--disk-gib", f"{check.min_disk_free_gib:g}", "--shm-gib", f"{check.min_shm_free_gib:g}"]
+    argv += ["--gpu-gib", f"{check.min_device_gib:g}"] if check.min_device_gib else []
+    argv += ["--commit"] if check.commit else []
+    argv += ["--token", *check.token] if check.token else []
+    for option, values in (("--see", check.see), ("--command", check.commands)):
         argv += [word for value in values for word in (option, value)]
-    return Command(tuple(argv), {})
+    return argv
 
 
 def _srun(job: SlurmJob, tasks_per_node: int, nodes: int | None = None) -> list[str]:

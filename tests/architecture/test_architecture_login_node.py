@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from import_graph import modules
+from test_architecture_imports import LOGIN_NODE
 
 BLOCKED = [
     *(
@@ -39,7 +40,7 @@ def run_blocked(code: str) -> subprocess.CompletedProcess:
 def login_node_modules() -> list[str]:
     names = [name for name in modules() if name.startswith(("trichord.config", "trichord.core", "trichord_launch"))]
     names += [name for name in modules() if name.count(".") == 2 and name.endswith(".config")]
-    return sorted({*names, "trichord.shards.index", "trichord.checkpoints.manifest", "trichord.cli"})
+    return sorted({*names, *(name for name in LOGIN_NODE if name in modules()), "trichord.cli"})
 
 
 def test_the_block_blocks():

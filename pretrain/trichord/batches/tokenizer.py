@@ -140,7 +140,8 @@ def _fetch_from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"batches.tokenizer: {name!r} is no folder, and the Hugging Face hub gave no such tokenizer "
-            f"({type(error).__name__}); check the name, or fetch it where there is internet"
+            f"({type(error).__name__}); check the name, or fetch it where there is "
+            "internet: trichord-launch preflight CONFIG --fetch"
         ) from error
 
 
