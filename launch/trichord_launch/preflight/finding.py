@@ -40,12 +40,14 @@ class Finding:
 def of_error(check: str, error: TrichordError, remedy: str) -> Finding:
     """A failed check from an error that training would die of. remedy: used where its message ends without one.
 
-    Messages say what was expected and what came, and after the last semicolon what to do.
+    Messages say what was expected and what came, and after the last semicolon or on the last line what to do.
     """
-    what, _, told = str(error).rpartition("; ")
+    text = str(error)
+    cut = max(text.rfind("; "), text.rfind("\n"))
+    what, told = text[: max(cut, 0)], text[cut + 1 :].strip()
     kinds: list[Kind] = [kind for kind, code in _CODES.items() if code == error.exit_code]
     kind = kinds[0] if kinds else "machine"
-    return Finding(check, "fail", what or str(error), told if what else remedy, kind)
+    return Finding(check, "fail", what or text, told if what else remedy, kind)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

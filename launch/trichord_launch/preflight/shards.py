@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -97,13 +97,13 @@ def _sidecars(facts: SourceFacts) -> Finding:
 def _whole(facts: SourceFacts) -> Finding:
     """All sizes against the sidecars, and a sample of shards opened."""
     name = f"contents {facts.config.name}"
+    shorter = [look for look in facts.looks if look.recorded_bytes is not None and look.bytes < look.recorded_bytes]
     cut = [
-        f"{shown(look.url)} has {look.bytes} bytes, its sidecar was made for {look.recorded_bytes}"
-        for look in facts.looks
-        if look.recorded_bytes is not None and look.bytes < look.recorded_bytes
+        f"truncated: {shown(look.url)} has {look.bytes} bytes, its sidecar was made for {look.recorded_bytes}"
+        for look in shorter
     ]
     damaged = [f"{shown(look.url)}: {look.header.damage}" for look in facts.looks if look.header and look.header.damage]
-    sample = _spread([look for look in facts.looks if look.recorded_bytes is None or look.header is not None])
+    sample = _spread([look for look in facts.looks if look not in shorter])
     faults: list[str] = []
     for look in sample:
         try:
@@ -111,8 +111,7 @@ def _whole(facts: SourceFacts) -> Finding:
         except TrichordError as error:
             faults.append(str(error))
     if cut or damaged or faults:
-        wrong = [*(f"truncated: {text}" for text in cut), *damaged, *faults]
-        return Finding(name, "fail", _some(list(dict.fromkeys(wrong))), _COPY, "data")
+        return Finding(name, "fail", _some([*cut, *damaged, *faults]), _COPY, "data")
     done = ((len(facts.opened), "opened, first and last sample read"), (len(facts.walked), "walked from end to end"))
     said = "; ".join(f"{count} {how}" for count, how in done if count) or "none opened: no sidecars yet"
     return Finding(name, "pass", f"of {len(facts.looks)} shards {said}")
@@ -145,6 +144,5 @@ def _spread(looks: Sequence[Look]) -> list[Look]:
     return [looks[round(i * (len(looks) - 1) / (_OPENED - 1))] for i in range(_OPENED)]
 
 
-def _some(texts: Iterable[str]) -> str:
-    texts = list(texts)
+def _some(texts: Sequence[str]) -> str:
     return "; ".join(texts[:_NAMED]) + (f"; and {len(texts) - _NAMED} more" if len(texts) > _NAMED else "")

@@ -1,0 +1,289 @@
+"""Faults planted on a login node: each is found by the command a user runs, with its exit code and its remedy."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from preflight_world import Ready, failed, write_shard
+
+
+@pytest.fixture
+def ready(tmp_path):
+    return Ready(tmp_path)
+
+
+def test_a_run_that_is_ready(ready):
+    code, findings = ready.preflight()
+    assert (code, failed(findings)) == (0, {})
+    told = {finding["check"]: finding["detail"] for finding in findings}
+    assert list(told) == [
+        *("config", "run folder", "checkpoint", "shards words", "sidecars words", "contents words", "samples"),
+        *("batches.tokenizer", "disk", "wandb", "port"),
+    ]
+    assert "all 3 are there" in told["shards words"]
+    assert "current for all 3" in told["sidecars words"]
+    assert "3 opened" in told["contents words"]
+    assert "15; the run is about this many epochs: words 2.1 (ESTIMATE" in told["samples"]  # 20 rows of 1.6
+    assert not ready.run_folder.exists(), "nothing stays on a login node"
+
+
+def test_the_table_is_for_people(ready):
+    shutil.rmtree(ready.folder / "tokenizer")
+    done = ready.command()
+    assert done.returncode == 2
+    assert "batches.tokenizer" in done.stdout
+    assert "-> correct the path, or copy it there" in done.stdout
+    assert "NOT ready: 1 failed" in done.stdout
+
+
+def test_an_unwritable_folder_is_found(ready):
+    if os.geteuid() == 0:  # root may write anywhere but here
+        code, findings = ready.preflight("run.root=/proc/runs")
+    else:
+        (ready.folder / "closed").mkdir(mode=0o555)
+        code, findings = ready.preflight(f"run.root={ready.folder}/closed/runs")
+    assert code == 2
+    assert "cannot be written" in failed(findings)["run folder"]["detail"]
+    assert "run.root" in failed(findings)["run folder"]["remedy"]
+
+
+def test_a_missing_shard_is_found(ready):
+    ready.shards[1].unlink()
+    named = f"shards.sources.words.shards={ready.folder}/data/words-{{0..2}}.tar"
+    code, findings = ready.preflight(named)
+    assert code == 3
+    found = failed(findings)["shards words"]
+    assert "1 of 3 shards" in found["detail"]
+    assert "words-1.tar" in found["detail"]
+    assert "copy the missing shards" in found["remedy"]
+    assert [f["verdict"] for f in findings if f["check"] == "samples"] == ["skip"]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_truncated_shard_is_found(ready, indexed):
+    """By the size in its sidecar, and where there is none, by walking over it."""
+    shard = ready.shards[1]
+    if not indexed:
+        shard.with_suffix(".len").unlink()
+    with open(shard, "rb+") as file:
+        file.truncate(2600)
+    code, findings = ready.preflight()
+    assert code == 3
+    found = failed(findings)["contents words"]
+    assert "truncated" in found["detail"]
+    assert str(shard) in found["detail"]
+    assert "copy them again" in found["remedy"]
+
+
+def test_a_shard_that_was_truncated_when_it_was_indexed_is_found(ready):
+    from trichord.shards.index import build_index
+
+    with open(ready.shards[0], "rb+") as file:
+        file.truncate(2600)
+    build_index(str(ready.shards[0]))
+    code, findings = ready.preflight()
+    assert code == 3
+    assert "words-0.tar" in failed(findings)["contents words"]["detail"]
+
+
+def test_stale_and_missing_sidecars_are_warned_of(ready):
+    write_shard(ready.shards[0], samples=9)
+    ready.shards[1].with_suffix(".len").unlink()
+    code, findings = ready.preflight()
+    assert code == 0
+    found = next(finding for finding in findings if finding["check"] == "sidecars words")
+    assert (found["verdict"], found["detail"]) == ("warn", "of 3 shards 1 without, 1 with stale ones")
+    assert found["remedy"].startswith(f'trichord data index "{ready.folder}/data/words-*.tar"')
+    told = next(finding for finding in findings if finding["check"] == "samples")["detail"]
+    assert told.startswith("about 1"), "two of three are not counted, but walked over"
+
+
+def test_too_few_samples_are_found(ready):
+    """15 samples, 4 epochs, 2 rows a step: at most 30 steps."""
+    assert ready.preflight("run.max_steps=30")[0] == 0
+    code, findings = ready.preflight("run.max_steps=31")
+    assert code == 3
+    found = failed(findings)["samples"]
+    assert "60 samples over their epochs" in found["detail"]
+    assert "at least 62" in found["detail"]
+    assert "run.max_steps to 30 or less" in found["remedy"]
+
+
+def test_a_source_without_samples_is_found(ready):
+    for shard in ready.shards:
+        write_shard(shard, samples=0)
+    code, findings = ready.preflight()
+    assert code == 3
+    assert "words: no sample in any shard" in failed(findings)["samples"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batches.tokenizer", "Qwen/Qwen3-0.6B@main"),
+        ("fusion.trunk.weights", "Qwen/Qwen3-0.6B@c1899de289a04d12100db370d81485cdf75e47ca"),
+        ("run.init_from", "someone/export#trunk"),
+    ],
+)
+def test_a_backbone_that_was_not_fetched_is_found(ready, key, value):
+    code, findings = ready.preflight(f"{key}={value}", HF_HUB_CACHE=str(ready.folder / "hub"))
+    assert code == 2
+    found = failed(findings)[key]
+    assert "is not in the hub's cache" in found["detail"]
+    assert found["remedy"] == f"trichord-launch preflight {ready.config} --fetch, where there is internet"
+
+
+def plan(ready, size: int, **more):
+    path = ready.folder / "plan.json"
+    facts = {"format": 1, "run": "words", "gpus": 4, "checkpoint": {"bytes": size}, **more}
+    path.write_text(json.dumps(facts))
+    return path
+
+
+def test_a_disk_too_small_for_the_plan_is_found(ready):
+    assert ready.preflight("--plan", plan(ready, 10**6))[0] == 0
+    code, findings = ready.preflight("--plan", plan(ready, 2**60))
+    assert code == 69
+    found = failed(findings)["disk"]
+    assert "4 checkpoints of 1,048,576.00 TiB (PREDICTION of plan.json)" in found["detail"]
+    assert "too little" in found["detail"]
+    assert "checkpoints.keep_last" in found["remedy"]
+
+
+def test_a_full_disk_is_found(ready):
+    """A file system of its own, full but for a megabyte."""
+    small = ready.folder / "small"
+    small.mkdir()
+    mount = f"mount -t tmpfs -o size=3m tmpfs {small} && head -c 2m /dev/zero > {small}/data && "
+    inside = f"{sys.executable} -m trichord_launch.cli preflight {ready.config} run.root={small} --json --plan "
+    command = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "bash", "-c"]
+    done = subprocess.run([*command, mount + inside + str(plan(ready, 400_000))], capture_output=True, timeout=60)
+    if b"unshare" in done.stderr or b"mount" in done.stderr:
+        pytest.skip(f"needs a mount namespace: {done.stderr.decode().strip()}")
+    assert done.returncode == 69, done.stderr
+    found = failed(json.loads(done.stdout)["findings"])["disk"]
+    assert f"1.00 MiB free in {small}" in found["detail"]
+    assert "538.50 KiB too little" in found["detail"]
+
+
+def test_checkpoints_that_are_there_take_room_already(ready):
+    ready.checkpoint()
+    _, findings = ready.preflight()
+    found = next(finding for finding in findings if finding["check"] == "disk")
+    assert found["verdict"] == "pass"
+    assert "(as step-000005)" in found["detail"]
+
+
+def test_a_clashing_port_is_found(ready):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, environment in ((("--port", port), {}), ((), {"MASTER_PORT": str(port)})):
+            code, findings = ready.preflight(*words, **environment)
+            assert code == 69
+            found = failed(findings)["port"]
+            assert f"{port} is in use" in found["detail"]
+            assert f"by process {os.getpid()} (" in found["detail"]
+            assert "--port" in found["remedy"]
+    assert ready.preflight("--port", port)[0] == 0
+
+
+def test_an_incompatible_checkpoint_is_found(ready):
+    ready.checkpoint(run__seed=7)
+    code, findings = ready.preflight()
+    assert code == 4
+    found = failed(findings)["checkpoint"]
+    assert "run.seed: 7 in the run, 0 now" in found["detail"]
+    assert "another run.name" in found["remedy"]
+    assert ready.preflight("run.seed=7")[0] == 0
+
+
+def test_a_checkpoint_of_this_config_is_gone_on_from(ready):
+    folder = ready.checkpoint()
+    told = next(f for f in ready.preflight()[1] if f["check"] == "checkpoint")["detail"]
+    assert told == "goes on from step-000005, written by 2 ranks; any number reads it"
+    newer = ready.checkpoint(step=8)
+    (newer / "index.json").unlink()
+    found = [f for f in ready.preflight()[1] if f["check"] == "checkpoint"]
+    assert [f["verdict"] for f in found] == ["warn", "pass"]
+    assert "step-000008 is not complete" in found[0]["detail"]
+    (folder / "manifest.json").unlink()
+    code, findings = ready.preflight()
+    assert code == 4
+    assert "none of 2 checkpoints is complete" in failed(findings)["checkpoint"]["detail"]
+
+
+def test_a_checkpoint_of_another_format_or_config_of_its_own_is_found(ready):
+    """The run's config is the same: what the checkpoint itself holds is looked at."""
+    folder = ready.checkpoint()
+    index = folder / "index.json"
+    was = index.read_text()
+    index.write_text(was.replace('"format": 1', '"format": 9'))
+    code, findings = ready.preflight()
+    assert code == 4
+    assert "format 9" in failed(findings)["checkpoint"]["detail"]
+    index.write_text(was)
+    state = folder / "train_state.json"
+    state.write_text(state.read_text().replace('"hidden_size": 16', '"hidden_size": 32'))
+    code, findings = ready.preflight()
+    assert code == 4
+    assert "fusion.trunk.hidden_size: 32 in the run, 16 now" in failed(findings)["checkpoint"]["detail"]
+
+
+def test_of_several_faults_the_config_decides_the_exit_code(ready):
+    ready.shards[0].write_bytes(ready.shards[0].read_bytes()[:2600])
+    assert ready.preflight("--plan", plan(ready, 2**60))[0] == 3
+    assert ready.preflight("--plan", plan(ready, 2**60), "batches.tokenizer=nowhere")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["engine.lrr=1"], "lrr"),
+        (["--plan", "none.json"], "none.json cannot be read"),
+        (["--nodes", "2"], "--nodes and --nodes-list look at nodes of a Slurm cluster"),
+        (["--nodes", "2", "--cluster", "example-512gpu", "--procs", "2"], "give one of them"),
+        (["--nodes", "65", "--cluster", "example-512gpu"], "--nodes must be 1 to 64"),
+        (["--port", "70000"], "--port must be 1 to 65535"),
+    ],
+)
+def test_mistakes_are_findings_too(ready, words, said):
+    code, findings = ready.preflight(*words)
+    assert code == 2
+    assert said in failed(findings)["config"]["detail"] + failed(findings)["config"]["remedy"]
+
+
+def test_a_plan_of_another_run_or_for_larger_gpus_is_told(ready):
+    code, findings = ready.preflight("--plan", plan(ready, 10, run="other"))
+    assert code == 0
+    told = next(finding for finding in findings if finding["check"] == "plan")
+    assert (told["verdict"], told["detail"].partition(" is ")[2]) == ("warn", "of run 'other' on 4 GPUs")
+    large = plan(ready, 10, memory={"device_bytes": 100 * 2**30})
+    code, findings = ready.preflight("--plan", large, "--cluster", "example-8gpu")
+    assert code == 2
+    assert "a rank needs 100.0 GiB (PREDICTION)" in failed(findings)["plan"]["detail"]
+    assert "zero_stage" in failed(findings)["plan"]["remedy"]
+
+
+def test_wandb_says_what_it_will_do(ready, monkeypatch):
+    def told(mode, **environment):
+        clean = {"WANDB_MODE": "", "WANDB_API_KEY": "", "NETRC": "/nowhere", "https_proxy": "", "HTTPS_PROXY": ""}
+        _, findings = ready.preflight(f"tracking.wandb.mode={mode}", **{**clean, **environment})
+        found = next(finding for finding in findings if finding["check"] == "wandb")
+        return found["verdict"], found["detail"]
+
+    assert told("auto")[0] == "pass"
+    assert told("auto")[1].startswith("offline")
+    assert told("online")[0] == "warn"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        at = {"WANDB_API_KEY": "x", "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        assert told("online", **at) == ("pass", f"127.0.0.1:{server.getsockname()[1]} answers")
+    assert told("online", **at)[0] == "warn"
+    assert "cannot be reached" in told("online", **at)[1]
