@@ -119,7 +119,7 @@ def _padded_tokens(lengths: Sequence[int], batch: int = 32) -> int:
 def _write_shards(folder: Path, num_samples: int) -> str:
     """Captions with a picture of a few pixels and a clip of 1 to 10 s at 1 kHz: small, and as long as real ones."""
     rng = np.random.default_rng(_SEED)
-    texts = list(_captions(num_samples, rng))
+    texts = list(ragged_captions(num_samples, rng))
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(texts, "bpe", 8000, folder / "tokenizer")
     picture = BytesIO()
@@ -133,7 +133,8 @@ def _write_shards(folder: Path, num_samples: int) -> str:
     return str(folder / "captions-*.tar")
 
 
-def _captions(count: int, rng: np.random.Generator) -> Iterator[str]:
+def ragged_captions(count: int, rng: np.random.Generator) -> Iterator[str]:
+    """Texts with Conceptual 12M's spread of lengths in words."""
     words = documentation_words()
     variance = math.log(1 + (_SD_WORDS / _MEAN_WORDS) ** 2)
     lengths = np.exp(rng.normal(math.log(_MEAN_WORDS) - variance / 2, math.sqrt(variance), count))

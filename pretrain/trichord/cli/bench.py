@@ -62,12 +62,7 @@ def bench_data(
     json_file: JsonFile = None,
 ) -> int:
     """Time the loader against plain webdataset on images, speech and captions, and say what of it is decoding."""
-    try:
-        counts = tuple(sorted({int(count) for count in workers.split(",")}))
-    except ValueError:
-        counts = ()
-    if not counts or counts[0] < 1:
-        raise ConfigError(f"--workers: expected numbers such as 1,2, got {workers!r}")
+    counts = _numbers("--workers", workers, least=1)
     from trichord.benchmarks.data import bench_data as run_bench
 
     def say(line: str) -> None:
@@ -97,6 +92,41 @@ def bench_packing(
         rows = run_bench(Path(folder), samples, window)
     print_rows(rows)
     write_json(json_file, rows)
+
+
+@bench_app.command("step")
+def bench_step(
+    stages: Annotated[str, typer.Option(help="ZeRO stages to measure.")] = "0,1,2,3",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, each on one thread.")] = 2,
+    pairs: Annotated[int, typer.Option(min=6, help="Steps of each contestant, taken in turn.")] = 20,
+    json_file: JsonFile = None,
+) -> int:
+    """Processor time of a training step against DeepSpeed in a minimal loop, bare DDP, and Hugging Face Trainer."""
+    chosen = _numbers("--stages", stages, least=0)
+    if not set(chosen) <= {0, 1, 2, 3}:
+        raise ConfigError(f"--stages: expected some of 0,1,2,3, got {stages!r}")
+    from trichord.benchmarks.step import bench_step as run_bench
+    from trichord.benchmarks.step import judge_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_bench(Path(folder), chosen, ranks, pairs, lambda line: typer.echo(line, err=True))
+    targets = judge_rows(rows)
+    print_rows(rows)
+    print()
+    print_rows([_target_row(target) for target in targets])
+    write_json(json_file, {"rows": rows, "targets": targets})
+    return EXIT_DONE
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """The different numbers in a list such as 1,2."""
+    try:
+        numbers = tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        numbers = ()
+    if not numbers or numbers[0] < least:
+        raise ConfigError(f"{option}: expected numbers such as 1,2, got {text!r}")
+    return numbers
 
 
 def _target_row(target: dict) -> dict:
