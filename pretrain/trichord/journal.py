@@ -1,8 +1,13 @@
-"""What a run writes down while it goes: its progress, and a line of metrics every few steps."""
+"""What a run writes down while it goes: its progress, and what it measures, a line of metrics every few steps.
+
+Between two lines nothing is read from the device and no collective is made: host numbers are added up here, losses by
+source on the device. At a line, one all-reduce carries everything that is known to a rank alone.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +19,37 @@ from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
 from trichord.core.errors import DataError, TrichordError
 from trichord.core.log import get_logger
-from trichord.engine.step import StepResult
+from trichord.core.memory import resident_bytes
+from trichord.engine.label_losses import KINDS, loss_names
+from trichord.engine.param_groups import rates_of_rooms
+from trichord.engine.step import Stepper, StepResult
 from trichord.engine.together import gather_lists
+from trichord.engine.wire import MIB, wire_meter
+from trichord.engine.work import WorkMeter
+from trichord.fusion.model import Trichord
 from trichord.objectives.combine import total_loss
 from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_bad_fraction
+from trichord.shards.shares import target_shares
 from trichord.tracking.data_record import DataRecord
+from trichord.tracking.peak import number_of, peak_flops_per_s
 from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
 
 MAX_EMPTY_STEPS = 10
+MAX_SUSPECTS = 64
+GIB = 2**30
+# Metric -> parts of the step as `StepClock` names them.
+_TIMES = {
+    "data/wait_ms": ("data wait",),
+    "speed/features_ms": ("count", "features", "contrast"),
+    "speed/forward_ms": ("forward",),
+    "speed/backward_ms": ("backward",),
+    "speed/update_ms": ("update",),
+    "speed/save_ms": ("save",),
+}
+# What each rank has of its own: a column per rank in the all-reduce of a line.
+_OF_EACH_RANK = ("cost", "cost_undealt", "peak_gib", "reserved_gib", "host_gib", "workers_gib")
 
 
 @dataclass
@@ -51,7 +77,7 @@ class Progress:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         self.empty_in_a_row = 0 if result.counts["samples"] else self.empty_in_a_row + 1
 
-    def check(self, config: RunConfig, batch: StepBatch, recorder: Recorder) -> None:
+    def check(self, config: RunConfig, batch: StepBatch, result: StepResult, recorder: Recorder) -> None:
         """Stop the run when too much data is bad, none is left, or too many steps were not finite; the same on all
         ranks."""
         check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
@@ -62,8 +88,9 @@ class Progress:
                 "says why; or, where all sources have `epochs`, these are used up: lower run.max_steps"
             )
         if self.skipped_in_a_row:
-            ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()][:64]
-            recorder.event("skipped_step", self.step, samples_of_rank_0=ids)
+            suspects = suspects_of(result, batch)
+            log.warning("step %d is skipped, its gradient is not finite: %s", self.step, suspects)
+            recorder.event("skipped_step", self.step, **suspects)
         if self.skipped_in_a_row >= config.engine.max_bad_steps:
             raise TrichordError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is {self.step}); "
@@ -71,20 +98,52 @@ class Progress:
             )
 
 
-class Recording:
-    """Turns steps into log lines every `log_every_steps`; between them nothing is read from the device."""
+def suspects_of(result: StepResult, batch: StepBatch) -> dict[str, Any]:
+    """Which ranks' own loss was not finite in a skipped step, and the samples they had; where it was finite on all,
+    only the gradient was not, and samples of all ranks are named. Called on every rank; reads the device.
 
-    def __init__(self, config: RunConfig, recorder: Recorder, device: torch.device, folder: RunFolder, step: int):
+    Samples are (source number, epoch, number in the source), as in `PackedBatch.sample_ids`; at most 64 in all.
+    """
+    finite = all(bool(torch.isfinite(loss)) for loss in result.losses.values())
+    ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()]
+    found = gather_lists([(dist.get_rank(), finite, ids[: MAX_SUSPECTS if not finite else 4])])
+    bad = [part for part in found if not part[1]]
+    return {
+        "ranks_with_bad_loss": [rank for rank, _, _ in bad],
+        "samples": [sample for _, _, samples in bad or found for sample in samples][:MAX_SUSPECTS],
+    }
+
+
+class Recording:
+    """Turns steps into log lines every `log_every_steps`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        stepper: Stepper,
+        folder: RunFolder,
+        step: int,
+        model: Trichord,
+    ) -> None:
         """step: steps taken so far."""
+        self.config = config
         self.every = config.tracking.log_every_steps
-        self.objectives = config.objectives
         self.names = [source.name for source in config.shards.sources]
-        self.recorder = recorder
-        self.device = device
+        self.recorder, self.clock, self.device = recorder, stepper.clock, stepper.device
         self.quarantine = QuarantineLog(folder.path / "quarantine.jsonl")
         self.data = DataRecord(folder.path / "data.json", step if folder.kind == "resume" else 0)
         self.window = Window()
+        self.work = WorkMeter(
+            *(model, config.engine, config.objectives.contrastive),
+            slots=stepper.layout.slots,
+            micro_batches=stepper.layout.num_micro_batches,
+            world_size=stepper.world_size,
+        )
+        self._label_sums = torch.zeros(len(self.names), len(KINDS), 2, dtype=torch.float64, device=self.device)
+        self._peak = _peak_flops_per_s(config, self.device)
         self._told: set[str] = set()
+        wire_meter().read()  # what start-up sent is no step's
 
     def damaged(self, records: list[QuarantineRecord]) -> None:
         """Shards that cannot be read to their end; known alike on all ranks."""
@@ -93,20 +152,27 @@ class Recording:
         for record in records:
             log.warning("source %s: %s: %s", record.source, record.shard, record.reason)
 
-    def step(self, progress: Progress, result: StepResult, batch: StepBatch, *, lr: float, wait_s: float) -> None:
+    def begin(self, step: int) -> None:
+        """A step begins, after `step` finished ones: the wait for its data."""
+        self.clock.enter("data wait")
+
+    def step(self, progress: Progress, result: StepResult, batch: StepBatch, *, lr: float) -> None:
         """Called after every step on every rank."""
+        self.clock.enter("record")
         if result.counts["bad_samples"] > 0:  # known to all ranks, so all take part
             records = gather_lists([replace(record, step=progress.step) for record in batch.stats.records])
             if dist.get_rank() == 0:
                 self.quarantine.append(records)
         stats = batch.stats
-        counts = {
-            name: result.counts[name] for name in ("useful_tokens", "slots", "samples", "bad_samples", "filtered")
-        }
+        counts = {name: result.counts[name] for name in ("useful_tokens", "slots", "samples")}
         per_source = {f"source/{name}": n for name, n in stats.samples_per_source.items()}
-        self.window.add({**counts, **result.seconds, **per_source, "wait": wait_s})
+        self.window.add({**counts, **per_source})
+        self.work.add(batch.micro_batches)
+        if result.label_sums is not None:
+            self._label_sums += result.label_sums
         per_shard = stats.samples_per_shard
         self.data.add(samples_per_source=stats.samples_per_source, samples_per_shard=per_shard, filtered=stats.filtered)
+        self.recorder.advance(progress.step)
         if progress.step % self.every == 0:
             self._log(progress, result, batch.stats, lr)
 
@@ -123,47 +189,108 @@ class Recording:
 
     def _log(self, progress: Progress, result: StepResult, stats: StepStats, lr: float) -> None:
         names = sorted(result.losses)
-        own = [result.losses[name] for name in names]
-        draws = [self.window.sums.get(f"source/{name}", 0.0) for name in self.names]
-        costs = torch.zeros(2, dist.get_world_size(), dtype=torch.float32, device=self.device)
-        costs[:, dist.get_rank()] = torch.tensor([stats.cost, stats.cost_undealt])
-        shares = torch.stack([*own, *torch.tensor(draws, dtype=torch.float32, device=self.device)])
-        sums = torch.cat([shares, costs.flatten()])
+        own = [
+            torch.stack([result.losses[name].double() for name in names]),
+            torch.tensor([self.window.sums.get(f"source/{name}", 0.0) for name in self.names], dtype=torch.float64),
+            torch.tensor(self.work.read(), dtype=torch.float64),
+            self._label_sums.flatten(),
+            self._columns(stats).flatten(),
+        ]
+        sums = torch.cat([part.to(self.device) for part in own])
         dist.all_reduce(sums)
-        values = sums.tolist()  # the one read of metrics from the device
-        losses, draws = dict(zip(names, values)), values[len(names) : len(shares)]
-        line = self._line(progress, result, losses, draws, lr)
-        dealt, undealt = torch.tensor(values[len(shares) :]).view(2, -1)
-        line |= {"data/imbalance": _imbalance(dealt), "data/imbalance_undealt": _imbalance(undealt)}
+        losses, draws, work, labels, columns = sums.cpu().split([len(part) for part in own])  # the one read of a line
+        seconds, steps = self.window.seconds, self.window.steps
+        found = dict(zip(names, losses.tolist()))
+        line = {f"train/loss/{name}": value for name, value in found.items()}
+        line["train/loss"] = total_loss(self.config.objectives, found)
+        line |= loss_names(labels.view(self._label_sums.shape), self.names)
+        line |= self._state(progress, result, lr)
+        line |= self._speed(seconds, *work.tolist()) | self._times(seconds, steps) | _wire(steps)
+        line |= self._mix(progress.step, draws.tolist())
+        line |= _of_ranks(columns.view(len(_OF_EACH_RANK), -1))
         self.recorder.metrics(progress.step, line)
         self.window = Window()
+        self._label_sums.zero_()
 
-    def _line(
-        self, progress: Progress, result: StepResult, losses: dict[str, float], draws: list[float], lr: float
-    ) -> dict[str, float]:
-        window = self.window
-        sums, seconds = window.sums, window.seconds
-        line = {f"train/loss/{name}": value for name, value in losses.items()}
-        line |= {
-            "train/loss": total_loss(self.objectives, losses),
+    def _state(self, progress: Progress, result: StepResult, lr: float) -> dict[str, float]:
+        config, total = self.config, self.config.run.max_steps or 0
+        rooms = rates_of_rooms(config.engine, progress.step - 1, total)
+        return {
             "train/grad_norm": result.grad_norm,
             "train/lr": lr,
+            **{f"train/lr/{room}": rate for room, rate in rooms.items()},
             "train/tokens_seen": progress.tokens_seen,
             "train/samples_seen": progress.samples_seen,
-            "speed/tokens_per_s": sums["useful_tokens"] / seconds,
-            "speed/samples_per_s": sums["samples"] / seconds,
-            "speed/step_ms": 1000 * seconds / window.steps,
-            "data/wait_ms": window.mean_ms("wait"),
-            "speed/features_ms": window.mean_ms("features"),
-            "speed/forward_backward_ms": window.mean_ms("forward_backward"),
-            "speed/update_ms": window.mean_ms("update"),
-            "data/useful_tokens_frac": sums["useful_tokens"] / max(1.0, sums["slots"]),
             "data/bad_samples": progress.bad_samples,
             "data/filtered_samples": progress.filtered_samples,
-            "memory/peak_gib": _peak_memory_gib(self.device),
         }
+
+    def _speed(self, seconds: float, needed: float, executed: float) -> dict[str, float]:
+        sums = self.window.sums
+        line = {
+            "speed/tokens_per_s": sums["useful_tokens"] / seconds,
+            "speed/samples_per_s": sums["samples"] / seconds,
+            "data/useful_tokens_frac": sums["useful_tokens"] / max(1.0, sums["slots"]),
+        }
+        if needed:
+            line["speed/flops_per_s"] = needed / seconds
+            if self._peak is not None:
+                most = self._peak * dist.get_world_size() * seconds
+                line |= {"speed/mfu_frac": needed / most, "speed/hfu_frac": executed / most}
+        return line
+
+    def _times(self, seconds: float, steps: int) -> dict[str, float]:
+        parts = self.clock.read()
+        line = {"speed/step_ms": 1000.0 * seconds / steps}
+        return line | {name: 1000.0 * sum(parts.get(part, 0.0) for part in of) / steps for name, of in _TIMES.items()}
+
+    def _mix(self, step: int, draws: list[float]) -> dict[str, float]:
         total = max(1.0, sum(draws))
-        return line | {f"data/mix_frac/{name}": count / total for name, count in zip(self.names, draws)}
+        line = {f"data/mix_frac/{name}": count / total for name, count in zip(self.names, draws)}
+        target = target_shares(self.config.shards, step)
+        return line | {f"data/mix_target_frac/{name}": share for name, share in target.items()}
+
+    def _columns(self, stats: StepStats) -> Tensor:
+        """(len(_OF_EACH_RANK), ranks) float64, 0 but for this rank's column."""
+        own, below = resident_bytes()
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else _peak_resident_bytes()
+        reserved = torch.cuda.max_memory_reserved(self.device) if on_gpu else 0
+        values = [stats.cost, stats.cost_undealt, *(size / GIB for size in (peak, reserved, own + below, below))]
+        columns = torch.zeros(len(_OF_EACH_RANK), dist.get_world_size(), dtype=torch.float64)
+        columns[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
+        return columns
+
+
+def _of_ranks(columns: Tensor) -> dict[str, float]:
+    """Figures of the rank that has most: (len(_OF_EACH_RANK), ranks) on the host."""
+    of = dict(zip(_OF_EACH_RANK, columns))
+    line = {f"memory/{name}": float(of[name].max()) for name in _OF_EACH_RANK if name.endswith("_gib")}
+    line = {name: value for name, value in line.items() if value}  # not on this device, or not on this system
+    return line | {
+        "data/imbalance": _imbalance(of["cost"]),
+        "data/imbalance_undealt": _imbalance(of["cost_undealt"]),
+    }
+
+
+def _wire(steps: int) -> dict[str, float]:
+    """MiB that this rank sent per step, in all and by kind of collective."""
+    sent = {kind: size / MIB / steps for kind, size in sorted(wire_meter().read().items())}
+    return {"comm/wire_mib": sum(sent.values())} | {f"comm/wire_mib/{kind}": size for kind, size in sent.items()}
+
+
+def _peak_flops_per_s(config: RunConfig, device: torch.device) -> float | None:
+    """Of one GPU, in the numbers this run computes in; None on a CPU, or where it is not known."""
+    if config.tracking.peak_tflops is not None:
+        return config.tracking.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    number = number_of(config.engine.precision, allow_tf32=bool(torch.backends.cuda.matmul.allow_tf32))
+    name = torch.cuda.get_device_name(device)
+    peak = peak_flops_per_s(name, number)
+    if peak is None and dist.get_rank() == 0:
+        log.warning("no peak FLOP/s known of %s in %s: no MFU; set tracking.peak_tflops", name, number)
+    return peak
 
 
 def _imbalance(costs: Tensor) -> float:
@@ -172,10 +299,7 @@ def _imbalance(costs: Tensor) -> float:
     return float(costs.max()) * len(costs) / total if total else 1.0
 
 
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: the device's allocator on a GPU, the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+def _peak_resident_bytes() -> int:
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

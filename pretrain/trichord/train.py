@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import shutil
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -111,7 +110,11 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     if resumed is not None:
         load_into(engine, resumed.folder)
     stepper = Stepper(
-        engine, config.objectives, device=device, layout=layout, max_grad_norm=config.engine.max_grad_norm
+        *(engine, config.objectives),
+        device=device,
+        layout=layout,
+        max_grad_norm=config.engine.max_grad_norm,
+        num_sources=len(config.shards.sources),
     )
     saver = CheckpointSaver(folder.path / "checkpoints", config.checkpoints, token)
     apply_timeout(config.engine.timeout_s)
@@ -121,7 +124,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
     log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
-    recording = Recording(config, recorder, device, folder, progress.step)
+    recording = Recording(config, recorder, stepper, folder, progress.step, model)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
@@ -130,20 +133,17 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     steps = move_ahead(iter(loader), device)
     watch.arm()
     while not stopping:
-        set_phase("data wait")
-        waited = time.monotonic()
+        recording.begin(progress.step)
         batch: StepBatch = next(steps)
-        wait_s = time.monotonic() - waited
         lr = set_rates(engine, config.engine, progress.step, total_steps)
         result = stepper.run(batch.micro_batches, local_counts(batch, stop))
         progress.advance(result)
         verdict.step = progress.step
-        set_phase("record")
-        recording.step(progress, result, batch, lr=lr, wait_s=wait_s)
+        recording.step(progress, result, batch, lr=lr)
         progress.check(config, batch, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
-            set_phase("save")
+            stepper.clock.enter("save")
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state)
             recording.checkpoint(progress.step)
         if (saved := saver.poll()) is not None:

@@ -17,6 +17,7 @@ from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, rate_of
+from trichord.engine.wire import wire_meter
 from trichord_kernels.tables.agree import agree_on_tables
 
 
@@ -33,6 +34,7 @@ def start_process_group(timeout_s: float) -> tuple[RankFacts, torch.device]:
     Returns:
         The rank facts and the device of this rank.
     """
+    wire_meter()  # before DeepSpeed is imported, which keeps some of torch's functions
     facts = rank_facts()
     device = pick_device(facts)
     if device.type == "cpu":

@@ -67,6 +67,17 @@ def rate_of(group: dict[str, Any], engine: EngineConfig, step: int, total_steps:
     return engine.lr * group["lr_ratio"] * multiplier * late
 
 
+def rates_of_rooms(engine: EngineConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Room -> learning rate at `step` of its last layers, for the rooms that have rates of their own."""
+    return {
+        room: rate_of(
+            {"lr_ratio": r.lr_ratio, "schedule": r.schedule or engine.schedule, "start_step": r.start_step},
+            *(engine, step, total_steps),
+        )
+        for room, r in engine.rooms.items()
+    }
+
+
 def _new_group(
     engine: EngineConfig, is_matrix: bool, ratio: float, decay: float, schedule: str, start: int
 ) -> dict[str, Any]:

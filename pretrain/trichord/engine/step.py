@@ -6,9 +6,8 @@ batch is split over ranks and micro-steps.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
-from trichord.core.phase import note, set_phase
+from trichord.core.phase import note
+from trichord.engine.clock import StepClock
 from trichord.engine.features import FeatureGradients, SlotLayout, features_of_step, gradients_of_step
+from trichord.engine.label_losses import label_sums
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
@@ -37,14 +38,15 @@ class StepResult:
 
     counts: name -> global number; losses: name -> () tensors on the device, this rank's share of each loss (their sum
     over ranks is the loss); grad_norm: before clipping; skipped: the update was not applied (non-finite);
-    seconds: phase -> wall seconds on this rank.
+    label_sums: this rank's losses by source and kind of sample (see `label_losses`), on the device; None where there is
+    no next-token objective or no source was named.
     """
 
     counts: dict[str, float]
     losses: dict[str, Tensor]
     grad_norm: float
     skipped: bool
-    seconds: dict[str, float] = field(default_factory=dict)
+    label_sums: Tensor | None = None
 
 
 class Stepper:
@@ -58,7 +60,12 @@ class Stepper:
         device: torch.device,
         layout: SlotLayout,
         max_grad_norm: float,
+        clock: StepClock | None = None,
+        num_sources: int = 0,
     ):
+        """clock: where the parts of a step are timed; num_sources: of the data, for losses by source; 0: without."""
+        self.clock = clock or StepClock(device)
+        self.num_sources = num_sources
         self.engine = engine
         self.objectives = objectives
         self.device = device
@@ -73,24 +80,16 @@ class Stepper:
         The stop flag travels with the counts: when the returned count `stop` is above 0, every rank knows it at the
         same step.
         """
-        started = time.perf_counter()
         note(micro_batches=[_content(batch) for batch in micro_batches])
-        set_phase("count")
+        self.clock.enter("count")
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = self._global_counts(batches, local_counts)
         gradients, first_output = self._feature_gradients(batches)
-        after_features = time.perf_counter()
-        losses = self._accumulate(batches, counts[0], gradients, first_output)
-        after_backward = time.perf_counter()
-        set_phase("update")
+        losses, label_sums = self._accumulate(batches, counts[0], gradients, first_output)
+        self.clock.enter("update")
         grad_norm, skipped = self._update()
         values = dict(zip(COUNT_NAMES, counts.tolist()))
-        seconds = {
-            "features": after_features - started,
-            "forward_backward": after_backward - after_features,
-            "update": time.perf_counter() - after_backward,
-        }
-        return StepResult(values, losses, grad_norm, skipped, seconds)
+        return StepResult(values, losses, grad_norm, skipped, label_sums)
 
     def _global_counts(self, batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> Tensor:
         """(len(COUNT_NAMES),) fp32 on the device, summed over ranks. Exact up to 2^24 of each per step."""
@@ -111,17 +110,17 @@ class Stepper:
         if self.objectives.contrastive is None:
             return None, None
         if len(batches) == 1:  # nothing to accumulate over: the pass that keeps its graph serves both
-            set_phase("features", micro_step=0)
+            self.clock.enter("forward", micro_step=0)
             output = self.engine(batches[0])
-            set_phase("contrast")
+            self.clock.enter("contrast")
             features = features_of_step([output], batches, self.layout)
             return gradients_of_step(self.objectives.contrastive, features, output, self.layout), output
         outputs = []
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                set_phase("features", micro_step=number)
+                self.clock.enter("features", micro_step=number)
                 outputs.append(self.engine(batch, towers_only=True))
-        set_phase("contrast")
+        self.clock.enter("contrast")
         features = features_of_step(outputs, batches, self.layout)
         return gradients_of_step(self.objectives.contrastive, features, outputs[0], self.layout), None
 
@@ -131,23 +130,27 @@ class Stepper:
         global_labels: Tensor,
         gradients: FeatureGradients | None,
         first_output: dict[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """Forward and backward of every micro-batch; returns this rank's share of each loss, detached."""
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Forward and backward of every micro-batch; this rank's share of each loss, detached, and their split."""
         losses = dict(gradients.losses) if gradients is not None else {}
         label_loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        split: Tensor | None = None
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            set_phase("forward", micro_step=number)
+            self.clock.enter("forward", micro_step=number)
             output = first_output if first_output is not None else self.engine(batch)
             grads = gradients.of_micro_batch(number, batch) if gradients is not None else {}
             loss = micro_loss(self.objectives, output, global_labels, grads, self.world_size, len(batches))
-            set_phase("backward", micro_step=number)
+            self.clock.enter("backward", micro_step=number)
             self.engine.backward(loss, scale_wrt_gas=False)
             if self.objectives.next_token is not None:
                 label_loss = label_loss + output["next_token_loss_sum"].detach()
+            if self.num_sources and "next_token_losses" in output:
+                sums = label_sums(batch, output["next_token_losses"], self.num_sources)
+                split = sums if split is None else split + sums
         if self.objectives.next_token is not None:
             losses["next_token"] = label_loss / global_labels.clamp(min=1.0)
-        return losses
+        return losses, split
 
     def _update(self) -> tuple[float, bool]:
         """Clip, step, and take the new weights into their average. The one host read of a step is the gradient norm."""

@@ -54,6 +54,7 @@ class ModelOutput:
 
     next_token_loss_sum: () fp32, cross-entropy summed over the labelled positions, in training with the smoothing and
         the z-loss that the objective asks for; None without trunk or objective.
+    next_token_losses (K,) fp32, without gradient: the same, label by label; None where there is no label.
     image_embeds (I, E), audio_embeds (A, E), text_embeds (S, E): fp32 of length 1, segments without text all 0; None
         without a contrastive objective or tower.
     logit_scale, logit_bias: (1,) fp32; None without a contrastive objective.
@@ -61,6 +62,7 @@ class ModelOutput:
     """
 
     next_token_loss_sum: Tensor | None
+    next_token_losses: Tensor | None
     image_embeds: Tensor | None
     audio_embeds: Tensor | None
     text_embeds: Tensor | None
@@ -138,10 +140,12 @@ class Trichord(nn.Module):
             scale, bias = self.logit_scale()
             anchors.add(scale)
             anchors.add(bias)
-        loss_sum = None
+        loss_sum = losses = None
         if self.trunk is not None and not towers_only:
-            loss_sum = self._next_token_loss(batch, self._stream(batch, image, audio, anchors))
-        return ModelOutput(loss_sum, embeds["image"], embeds["audio"], embeds["text"], scale, bias, anchors.total)
+            loss_sum, losses = self._next_token_loss(batch, self._stream(batch, image, audio, anchors))
+        return ModelOutput(
+            *(loss_sum, losses), embeds["image"], embeds["audio"], embeds["text"], scale, bias, anchors.total
+        )
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Next-token logits (T, V) of the whole stream, for evaluation and tests."""
@@ -208,11 +212,14 @@ class Trichord(nn.Module):
             embeds = splice(embeds, select_rows(connected, rows), index)
         return run_packed(self.trunk, embeds, batch, self.bidirectional_images)
 
-    def _next_token_loss(self, batch: PackedBatch, hidden: Tensor) -> Tensor:
+    def _next_token_loss(self, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The sum over all labels, and the loss of each without its gradient."""
         if batch.num_labels:
-            return self.trunk.lm_head(hidden[batch.label_index], batch.labels[batch.label_index])
+            labels = batch.labels[batch.label_index]
+            losses = self.trunk.lm_head(hidden[batch.label_index], labels, reduction="none")
+            return losses.sum(), losses.detach()
         # No label on this rank: one row times zero, so that the head and the trunk still run backwards.
-        return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1]))
+        return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1])), None
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute activations layer by layer in the backward pass, everywhere, non-reentrant."""

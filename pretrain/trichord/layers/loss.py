@@ -24,8 +24,9 @@ class LMHead(nn.Linear):
     z_loss: float = 0.0
     softcap: float | None = None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden (..., D) -> logits (..., V); with labels (K,) int64 and hidden (K, D): () fp32, the sum over rows.
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """hidden (..., D) -> logits (..., V); with labels (K,) int64 and hidden (K, D): () fp32, the sum over rows, or
+        with reduction `none` (K,) fp32.
 
         Logits of the loss live a chunk at a time and are computed again in the backward pass.
         """
@@ -40,7 +41,7 @@ class LMHead(nn.Linear):
             label_smoothing=self.label_smoothing if self.training else 0.0,
             z_loss=self.z_loss if self.training else 0.0,
             softcap=self.softcap,
-            reduction="sum",
+            reduction=reduction,
         )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
 
+from trichord.shards.config import ShardsConfig
+
 FINEST_SHARE = 1 << 40
 """Shares whose exact denominator is larger are rounded to parts of this: less than a draw in 10^12."""
 
@@ -107,6 +109,25 @@ def exact(number: float) -> Fraction:
     if not 0 < number < float("inf"):
         raise ValueError(f"weights must be positive and finite, got {number}")
     return Fraction(repr(float(number)))
+
+
+def target_shares(shards: ShardsConfig, step: int) -> dict[str, float]:
+    """Source name -> the share of draws that its weight asks for at `step`, as if none had run out.
+
+    Empty where weights share out tokens: how many samples that is depends on the samples.
+    """
+    sources = shards.sources
+    if shards.weights_by == "tokens" and len(sources) > 1:
+        return {}
+    tree = WeightTree(
+        [tuple(source.group.split("/")) if source.group else () for source in sources],
+        [source.weight for source in sources],
+        [source.weight_schedule for source in sources],
+        shards.group_weights,
+        [1.0] * len(sources),
+    )
+    shares = tree.shares(step, range(len(sources)))
+    return {source.name: share / sum(shares) for source, share in zip(sources, shares)}
 
 
 def whole_shares(fractions: Sequence[Fraction]) -> tuple[int, ...]:

@@ -22,4 +22,6 @@ class TrackingConfig(Leaf):
     """What is logged, how often, and where to."""
 
     log_every_steps: int = Field(default=10, ge=1)
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What one GPU computes at best, in TFLOP/s, for MFU; null: from a table by the GPU's name, and no MFU on a CPU."""
     wandb: WandbConfig = WandbConfig()

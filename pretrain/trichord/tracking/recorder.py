@@ -32,9 +32,6 @@ class Window:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean_ms(self, name: str) -> float:
-        return 1000.0 * self.sums.get(name, 0.0) / max(1, self.steps)
-
     @property
     def seconds(self) -> float:
         return max(1e-9, time.monotonic() - self.started)
@@ -83,6 +80,11 @@ class Recorder:
             self._metrics.log(step, values)
         self._wandb.log(step, values)
         self._progress.update(step, values)
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done: moves a progress bar, writes nothing."""
+        if self.active:
+            self._progress.advance(step)
 
     def event(self, kind: str, step: int | None = None, **facts: Any) -> None:
         if self.active:
