@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trichord.encoders.log_mel import clip_log_mel
 from trichord.fusion.flops import row_cost
 from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
 from trichord.fusion.model import Trichord, build_model, param_room
+from trichord.layers.initial import SkipInitialValues
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -72,19 +74,18 @@ def stored_config(folder: Path, fields: dict) -> RunConfig:
 
 
 def build_from_config(config: RunConfig, tokenizer: TextTokenizer, random_weights: bool = True) -> Trichord:
-    """The model of a run config. `random_weights=False`: all weights will be overwritten, so none is read from disk."""
-    encoders, fusion = config.encoders, config.fusion
-    if not random_weights:
-        encoders, fusion = _without_weights(config)
-    return build_model(
-        encoders,
-        fusion,
-        config.objectives,
-        config.samples,
-        config.layers,
-        tokenizer.vocab_size,
-        tokenizer.special_ids,
-    )
+    """The model of a run config. `random_weights=False`: all weights will be overwritten, so none is drawn, and none
+    read from disk."""
+    with contextlib.nullcontext() if random_weights else SkipInitialValues():
+        return build_model(
+            config.encoders,
+            config.fusion,
+            config.objectives,
+            config.samples,
+            config.layers,
+            tokenizer.vocab_size,
+            tokenizer.special_ids,
+        )
 
 
 def expected_model(folder: Path) -> ExpectedModel | str:
@@ -118,19 +119,6 @@ def with_generate(restored: Restored) -> TrichordForConditionalGeneration | None
         restored.tokenizer.special_ids,
     )
     return wrap_model(model, facts).eval()
-
-
-def _without_weights(config: RunConfig):
-    """The same towers and trunk, not started from anyone's weights.
-
-    A trunk from a released checkpoint keeps its path: its shape is only written there.
-    """
-    encoders = config.encoders
-    for room in ("vision", "audio"):
-        leaf = getattr(encoders, room)
-        if leaf is not None and room == "vision":
-            encoders = encoders.model_copy(update={room: leaf.model_copy(update={"weights": None})})
-    return encoders, config.fusion
 
 
 def item_lengths(config: RunConfig) -> ItemLengths:

@@ -31,6 +31,7 @@ from trichord.core.seed import derive_seed
 from trichord.core.status import clear_rank_statuses
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.features import SlotLayout
+from trichord.engine.partition import building_in, slices_of_run
 from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag
@@ -89,12 +90,13 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     # Layers, encoders, fusion.
     tokenizer = load_tokenizer(config.batches.tokenizer)
     torch.manual_seed(derive_seed(config.run.seed, "weights"))  # equal on all ranks, whatever the world size
-    model = build_from_config(config, tokenizer)
-    if resumed is None and config.run.init_from is not None:
-        from trichord.release.import_ import load_initial_weights
+    slices = slices_of_run(config.engine)
+    with building_in(slices):
+        model = build_from_config(config, tokenizer, random_weights=resumed is None)
+        if resumed is None and config.run.init_from is not None:
+            from trichord.release.import_ import load_initial_weights
 
-        load_initial_weights(model, config.run.init_from)
-
+            load_initial_weights(model, config.run.init_from)
     if config.engine.activation_checkpointing:
         model.enable_activation_checkpointing()
 
@@ -105,7 +107,10 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     # Objectives, engine, checkpoints.
     layout = slot_layout(config, facts.world_size)
     engine = build_engine(
-        model, config.engine, micro_rows=config.batches.micro_rows, grad_accum_steps=layout.num_micro_batches
+        *(model, config.engine),
+        micro_rows=config.batches.micro_rows,
+        grad_accum_steps=layout.num_micro_batches,
+        slices=slices,
     )
     if resumed is not None:
         load_into(engine, resumed.folder)

@@ -18,7 +18,7 @@ from trichord.encoders.config import AudioEncoderConfig
 from trichord.encoders.lengths import audio_tokens, mel_frames
 from trichord.encoders.padding import key_mask, length_mask
 from trichord.encoders.transformer import Transformer, sinusoids
-from trichord.encoders.weights import is_meta, load_into, read_safetensors
+from trichord.encoders.weights import load_into, needs_no_weights, read_safetensors
 from trichord.encoders.whisper import OwnLengthWhisperEncoder, whisper_config
 from trichord.layers.constants import HostConstant
 from trichord.samples.config import AudioConfig
@@ -121,12 +121,11 @@ def _build_whisper(config: AudioEncoderConfig, max_frames: int) -> OwnLengthWhis
             f"samples.audio.max_seconds allows {max_frames} mel frames, but Whisper has positions for "
             f"{encoder.max_frames}; lower it to {encoder.max_frames * config.mel.hop_length} samples"
         )
-    if config.weights and not is_meta(encoder):
-        weights = read_safetensors(config.weights)
-        marked = {key.split("encoder.", 1)[1]: value for key, value in weights.items() if _is_encoder_key(key)}
-        load_into(encoder, marked, config.weights)
+    if config.weights and not needs_no_weights(encoder):
+        load_into(encoder, read_safetensors(config.weights).renamed(_encoder_name), config.weights)
     return encoder
 
 
-def _is_encoder_key(key: str) -> bool:
-    return key.startswith(("model.encoder.", "encoder."))
+def _encoder_name(key: str) -> str | None:
+    """A key of a Whisper checkpoint as the encoder calls it; None for the decoder's."""
+    return key.split("encoder.", 1)[1] if key.startswith(("model.encoder.", "encoder.")) else None

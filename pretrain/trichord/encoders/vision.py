@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
 from trichord.encoders.config import VisionConfig
-from trichord.encoders.weights import is_meta, load_into, read_safetensors
+from trichord.encoders.weights import load_into, needs_no_weights, read_safetensors
 from trichord.samples.config import ImageConfig
 
 log = get_logger(__name__)
@@ -94,7 +94,7 @@ class VisionTower(nn.Module):
         self.hidden_size = int(self.backbone.num_features)
         self.num_prefix_tokens = int(self.backbone.num_prefix_tokens)
         self.mean, self.std = image.mean, image.std
-        if config.weights and not is_meta(self):
+        if config.weights and not needs_no_weights(self):
             _load_weights(self.backbone, config.weights)
 
     @property
@@ -136,4 +136,4 @@ def _load_weights(backbone: nn.Module, path: str) -> None:
     dropped = [key for key in weights if key.startswith(_BEYOND_TOKENS) and key not in backbone.state_dict()]
     if dropped:
         log.info("encoders.vision.weights: not used, as they follow the patch tokens: %s", ", ".join(dropped))
-    load_into(backbone, {k: v for k, v in weights.items() if k not in dropped}, path)
+    load_into(backbone, weights.renamed(lambda key: None if key in dropped else key), path)

@@ -1,29 +1,59 @@
-"""Released weights from disk into a module: safetensors only, and no key is dropped in silence."""
+"""Released weights from disk into a module: safetensors only, one tensor at a time, no key dropped in silence."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from trichord.core.errors import ConfigError
+from trichord.layers.initial import skips_initial_values
 
 _INDEX = "model.safetensors.index.json"
 
 
-def read_safetensors(path: Path | str) -> dict[str, Tensor]:
+class StoredWeights(Mapping[str, Tensor]):
+    """Tensors by name that are read when they are asked for, and not kept: a model need not be in memory twice."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]):
+        """shapes: of all tensors; read: one of them."""
+        self.shapes = dict(shapes)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> StoredWeights:
+        """The same tensors under other names; None leaves one out."""
+        old_names = {new: name for name in self.shapes if (new := rename(name)) is not None}
+        shapes = {new: self.shapes[name] for new, name in old_names.items()}
+        return StoredWeights(shapes, lambda new: self[old_names[new]])
+
+
+def read_safetensors(path: Path | str) -> StoredWeights:
     """All tensors of a `.safetensors` file, or of a folder that holds `model.safetensors` or its sharded form.
 
     Raises:
         ConfigError: nothing of the kind is there, or a file cannot be read.
     """
     path = Path(path)
-    files = [path] if path.is_file() else _folder_files(path)
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights.update(_read_file(file))
-    return weights
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
+    for file in [path] if path.is_file() else _folder_files(path):
+        found = _shapes_in(file)
+        shapes |= found
+        places |= dict.fromkeys(found, file)
+    return StoredWeights(shapes, lambda name: _read_tensor(places[name], name))
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -42,17 +72,28 @@ def _folder_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        with safe_open(str(file), framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read weights {file}: {error}; check the file or fetch it again") from error
 
 
-def load_into(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def _read_tensor(file: Path, name: str) -> Tensor:
+    """Opened anew for each tensor: what an open file has mapped counts as this process's memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read weights {file}: {error}; check the file or fetch it again") from error
+
+
+def load_into(module: nn.Module, weights: StoredWeights, source: str) -> None:
     """Copy `weights` into `module`; names and shapes must fit exactly.
 
     Raises:
@@ -66,18 +107,20 @@ def load_into(module: nn.Module, weights: dict[str, Tensor], source: str) -> Non
             f"{len(unexpected)} unexpected {unexpected[:3]}; configure the model they were made for"
         )
     shapes = [
-        f"{k} {tuple(weights[k].shape)} in the file, {tuple(own[k].shape)} here"
+        f"{k} {weights.shapes[k]} in the file, {tuple(own[k].shape)} here"
         for k in own
-        if weights[k].shape != own[k].shape
+        if weights.shapes[k] != tuple(own[k].shape)
     ]
     if shapes:
         raise ConfigError(
             f"weights {source} do not fit the configured model: {'; '.join(shapes[:3])}"
             f"{' and more' if len(shapes) > 3 else ''}; change the configured sizes"
         )
-    module.load_state_dict(weights)
+    for name, tensor in own.items():  # a view on the module's own
+        tensor.copy_(weights[name])
 
 
-def is_meta(module: nn.Module) -> bool:
-    """Whether the module was built on the meta device: shapes only, so weights are not read."""
-    return any(parameter.is_meta for parameter in module.parameters())
+def needs_no_weights(module: nn.Module) -> bool:
+    """Whether reading released weights into it would be of no use: it was built on the meta device, for its shapes
+    only, or all its weights will be overwritten."""
+    return skips_initial_values() or any(parameter.is_meta for parameter in module.parameters())

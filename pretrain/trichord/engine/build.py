@@ -17,8 +17,19 @@ from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, rate_of
+from trichord.engine.partition import hand_over
+from trichord.layers.initial import OwnSlices
 from trichord.engine.wire import wire_meter
 from trichord_kernels.tables.agree import agree_on_tables
+
+
+# Of the parameters that the model computes with.
+COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "autocast_bf16": torch.float32,
+}
 
 
 def pick_device(facts: RankFacts) -> torch.device:
@@ -85,8 +96,17 @@ class EngineModule(nn.Module):
         return {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
 
 
-def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, grad_accum_steps: int) -> Any:
+def build_engine(
+    model: nn.Module,
+    engine: EngineConfig,
+    *,
+    micro_rows: int,
+    grad_accum_steps: int,
+    slices: OwnSlices | None = None,
+) -> Any:
     """Wrap `model` into a DeepSpeed engine with the optimizer of the config; all ranks must hold equal weights.
+
+    slices: what the model was built in, if it was.
 
     Returns:
         deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`, its `.weight_average` a `WeightAverage` or None.
@@ -95,6 +115,8 @@ def build_engine(model: nn.Module, engine: EngineConfig, *, micro_rows: int, gra
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
     config = deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps)
+    if slices is not None:
+        hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
     built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)

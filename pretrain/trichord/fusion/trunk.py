@@ -14,8 +14,10 @@ from torch import Tensor
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.errors import ConfigError
+from trichord.encoders.weights import StoredWeights, read_safetensors
 from trichord.fusion.config import TrunkConfig
 from trichord.layers.attention import NAME, register_attention
+from trichord.layers.initial import SkipInitialValues, skips_initial_values
 from trichord.layers.layout import PackedLayout
 from trichord.layers.loss import replace_lm_head
 from trichord.layers.rope import resolve_sections
@@ -95,41 +97,62 @@ def _released_config(config: TrunkConfig) -> Any:
 
 
 def build_trunk(config: TrunkConfig, vocab_size: int, special: Mapping[str, int]) -> CausalLM:
-    """A LlamaForCausalLM or Qwen3ForCausalLM with our parts in place. On the meta device weights are not read."""
+    """A LlamaForCausalLM or Qwen3ForCausalLM with our parts in place. Released weights are not read on the meta device,
+    nor where all weights will be overwritten."""
     from transformers import AutoModelForCausalLM
 
-    if config.weights is not None and torch.get_default_device().type != "meta":
-        trunk = _load_released(config, vocab_size)
+    if config.weights is None or torch.get_default_device().type == "meta" or skips_initial_values():
+        planned = trunk_config(config, vocab_size, special)
+        trunk = AutoModelForCausalLM.from_config(planned, dtype=torch.float32)
     else:
-        trunk = AutoModelForCausalLM.from_config(trunk_config(config, vocab_size, special))
+        trunk = _load_released(config, vocab_size)
     return replace_parts(trunk, config.rope_sections)
 
 
 def _load_released(config: TrunkConfig, vocab_size: int) -> CausalLM:
+    """Not by `from_pretrained`, which holds the whole model at some moment, and many tensors twice."""
     from transformers import AutoModelForCausalLM
 
-    rows = _released_config(config).vocab_size
-    name, arguments = _hub_arguments(str(config.weights))
-    try:
-        trunk, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  two, as asked
-            name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **arguments,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"fusion.trunk.weights {config.weights!r} cannot be loaded: {error}") from error
-    problems = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]}
-    if problems:  # transformers would fill these with random numbers and only warn
+    released = _released_config(config)
+    weights = _released_weights(config)
+    with SkipInitialValues():
+        trunk = AutoModelForCausalLM.from_config(released, dtype=torch.float32)
+    own = dict(trunk.named_parameters())  # tied ones once
+    missing = sorted(own.keys() - weights.keys())
+    mismatched = sorted(n for n, p in own.items() if n in weights and weights.shapes[n] != tuple(p.shape))
+    problems = {"missing keys": missing, "mismatched keys": mismatched}
+    if missing or mismatched:
         raise ConfigError(
             f"fusion.trunk.weights {config.weights!r} is incomplete: "
-            + ", ".join(f"{len(keys)} {kind.replace('_', ' ')} ({keys[0]})" for kind, keys in problems.items())
+            + ", ".join(f"{len(keys)} {kind} ({keys[0]})" for kind, keys in problems.items() if keys)
         )
-    if rows < padded_vocab_size(vocab_size):
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+    if released.vocab_size < padded_vocab_size(vocab_size):
         trunk.resize_token_embeddings(padded_vocab_size(vocab_size))
     return trunk
+
+
+def _released_weights(config: TrunkConfig) -> StoredWeights:
+    """The tensors of a released checkpoint under the names of a causal language model."""
+    name, arguments = _hub_arguments(str(config.weights))
+    try:
+        folder = Path(name) if Path(name).exists() else _fetch(name, arguments["revision"])
+        weights = read_safetensors(folder)
+    except (OSError, ConfigError) as error:
+        raise ConfigError(f"fusion.trunk.weights {config.weights!r} cannot be loaded: {error}") from error
+    if not any(key.startswith("model.") for key in weights):  # saved as the decoder alone
+        weights = weights.renamed(lambda key: f"model.{key}")
+    return weights
+
+
+def _fetch(name: str, revision: str) -> Path:
+    """A snapshot of a hub repository, from the cache where there is no internet."""
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
 
 
 def replace_parts(trunk: CausalLM, sections: tuple[int, int, int] | None) -> CausalLM:

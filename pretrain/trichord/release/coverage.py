@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class CoverageReport:
@@ -35,13 +33,12 @@ def _names(names, most: int) -> str:
     return f" ({'; '.join(names[:most])}{'; ...' if len(names) > most else ''})" if names else ""
 
 
-def compare(model: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> CoverageReport:
-    """model: the shape of each parameter of the model by name; weights: what the source holds."""
+def compare(model: Mapping[str, tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]) -> CoverageReport:
+    """The shape of each parameter by name: of the model, and of what the source holds."""
     common = sorted(model.keys() & weights.keys())
-    shapes = {name: tuple(weights[name].shape) for name in common}
     return CoverageReport(
-        loaded=tuple(name for name in common if shapes[name] == model[name]),
+        loaded=tuple(name for name in common if weights[name] == model[name]),
         missing=tuple(sorted(model.keys() - weights.keys())),
         unexpected=tuple(sorted(weights.keys() - model.keys())),
-        mismatched=tuple((name, shapes[name], model[name]) for name in common if shapes[name] != model[name]),
+        mismatched=tuple((name, weights[name], model[name]) for name in common if weights[name] != model[name]),
     )

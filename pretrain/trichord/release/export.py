@@ -77,7 +77,9 @@ def export_checkpoint(
     hf_config = describe(config, tokenizer)
     with torch.device("meta"):
         model = build_from_config(hf_config)
-    report = compare({n: tuple(p.shape) for n, p in model.named_parameters()}, weights)
+    report = compare(
+        {n: tuple(p.shape) for n, p in model.named_parameters()}, {n: tuple(w.shape) for n, w in weights.items()}
+    )
     if not report.complete:
         raise CheckpointError(f"the weights are not those of the configured model: {report.summary()}")
     _assign(model, {name: tensor.detach().to(dtype) for name, tensor in weights.items()})

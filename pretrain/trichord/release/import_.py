@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from trichord.checkpoints.load import load_weights, resolve_checkpoint
+from trichord.checkpoints.load import resolve_checkpoint
+from trichord.checkpoints.slices import SliceReader
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.log import get_logger
-from trichord.encoders.weights import read_safetensors
+from trichord.encoders.weights import StoredWeights, read_safetensors
 from trichord.fusion.model import ROOMS, Trichord, param_room
 from trichord.release.coverage import CoverageReport, compare
 
@@ -39,8 +39,8 @@ def load_initial_weights(model: Trichord, source: str) -> CoverageReport:
     own = dict(model.named_parameters())
     if rooms:
         own = {name: parameter for name, parameter in own.items() if param_room(name) in rooms}
-        weights = {name: tensor for name, tensor in weights.items() if _room_or_none(name) in rooms}
-    report = compare({name: tuple(parameter.shape) for name, parameter in own.items()}, weights)
+        weights = weights.renamed(lambda name: name if _room_or_none(name) in rooms else None)
+    report = compare({name: tuple(parameter.shape) for name, parameter in own.items()}, weights.shapes)
     if not report.complete:
         raise CheckpointError(
             f"run.init_from {source!r} does not fit the configured model: {report.summary()}. "
@@ -66,8 +66,8 @@ def parse_source(source: str) -> tuple[str, tuple[str, ...]]:
     return place, rooms
 
 
-def load_init_weights(place: str) -> dict[str, Tensor]:
-    """Every parameter of an export or checkpoint by its name in `Trichord`, fp32 on the CPU.
+def load_init_weights(place: str) -> StoredWeights:
+    """Every parameter of an export or checkpoint by its name in `Trichord`, read one by one.
 
     Raises:
         ConfigError: nothing is there, or it is something else.
@@ -78,8 +78,9 @@ def load_init_weights(place: str) -> dict[str, Tensor]:
         folder = _fetch(place)
     if (folder / "config.json").is_file():
         _require_trichord(folder)
-        return _training_names(read_safetensors(folder))
-    return load_weights(resolve_checkpoint(folder))
+        return read_safetensors(folder).renamed(lambda name: name.removeprefix(_PREFIX))
+    reader = SliceReader(resolve_checkpoint(folder))
+    return StoredWeights(reader.shapes, reader.read_full)
 
 
 def _require_trichord(folder: Path) -> None:
@@ -89,10 +90,6 @@ def _require_trichord(folder: Path) -> None:
             f"run.init_from {folder} is a {kind!r} model; a whole run starts from a Trichord export. "
             "Released towers and trunks go into encoders.vision.weights, encoders.audio.weights, fusion.trunk.weights"
         )
-
-
-def _training_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_PREFIX): tensor.float() for name, tensor in weights.items()}
 
 
 def _fetch(place: str) -> Path:
