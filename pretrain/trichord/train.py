@@ -122,7 +122,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         max_grad_norm=config.engine.max_grad_norm,
         num_sources=len(config.shards.sources),
     )
-    saver = CheckpointSaver(folder.path / "checkpoints", config.checkpoints, token)
+    saver = CheckpointSaver(folder.path / "checkpoints", config.checkpoints, token, verdict.not_saved)
     apply_timeout(config.engine.timeout_s)
 
     # Tracking, then the steps.
@@ -146,7 +146,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         progress.advance(result)
         verdict.step = progress.step
         recording.step(progress, result, batch, lr=lr)
-        progress.check(config, batch, recorder)
+        progress.check(config, batch, result, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             stepper.clock.enter("save")

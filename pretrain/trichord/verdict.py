@@ -7,11 +7,12 @@ make `attempts/K/fault.json` appends the event and sets `status.json`. Each rank
 from __future__ import annotations
 
 import fcntl
-import json
+import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
 from trichord.core.log import FILE_ONLY, get_logger
-from trichord.core.status import Status, write_rank_status, write_status
+from trichord.core.status import Status, write_atomically, write_rank_status, write_status
 from trichord.engine.fault import Fault, FaultError, is_broken_collective, readable
 from trichord.engine.watch import PeerWatch
 from trichord.tracking.metrics import append_event
@@ -29,6 +30,7 @@ log = get_logger(__name__)
 
 LOCK_FILE = ".train.lock"
 FAULT_FILE = "fault.json"
+RESERVE_BYTES = 32768
 
 
 class Verdict:
@@ -41,8 +43,10 @@ class Verdict:
         self.step = 0
         self.rank = rank_facts().rank
         self.watch: PeerWatch | None = None
+        self._problem = ""
         self._lock: IO[str] | None = None
         self._begun = False  # until the folder is known to be ours, its status.json may be another run's
+        self._reserve: Path | None = None
         self._said = threading.Lock()  # the watcher's thread and the main thread may both come to an end
 
     def hold(self, folder: Path) -> None:
@@ -66,6 +70,7 @@ class Verdict:
             log.warning("cannot lock %s: %s; take care that no other process trains this run", folder, error)
 
     def release(self) -> None:
+        self._free_reserve()
         if self._lock is not None:
             self._lock.close()
 
@@ -75,19 +80,26 @@ class Verdict:
         self._begun = True
         if self.rank == 0:
             self._run("running", EXIT_DONE, "")
+        self._keep_reserve()
         self.watch = PeerWatch(self.config.engine, self).start()
         return self.watch
 
     def ended(self, finished: bool, saved: bool, signal_name: str) -> None:
         """The loop is over; without its last checkpoint the run has failed, whatever ended the loop."""
         if not saved:
-            raise TrichordError(f"the last checkpoint (step {self.step}) could not be written; see the log of rank 0")
+            why = self._problem or "see the log of rank 0"
+            raise TrichordError(f"the last checkpoint (step {self.step}) could not be written: {why}")
         if self.rank != 0:
             return
         if finished:
             self._run("finished", EXIT_DONE, "all steps done")
         else:
             self._run("stopped", EXIT_STOPPED, f"stopped by {signal_name} with a checkpoint")
+
+    def not_saved(self, step: int, problem: str) -> None:
+        """On rank 0: a checkpoint was abandoned. The run goes on, and has the one before."""
+        self._problem = problem
+        self._event("checkpoint_failed", {"checkpoint": step, "reason": problem})
 
     def failed(self, error: BaseException) -> BaseException:
         """An exception on this rank ends the run. Returns what to raise: one message where a user can act on it."""
@@ -103,6 +115,8 @@ class Verdict:
                 self.watch.tell(fault)
         trace = None if isinstance(told, TrichordError) else told
         self._record(fault, trace)
+        if self.watch is not None:
+            self.watch.linger()
         return told
 
     def lost(self, fault: Fault) -> None:
@@ -118,13 +132,16 @@ class Verdict:
         """Once in a process: the log, this rank's status; for the run, if nobody has done so, its status and event."""
         if not self._said.acquire(blocking=False):
             return
+        first = self._begun and self._first(fault)
+        if fault.kind == "lost" and not first:  # the rank that wrote knows more than one whose peers are gone
+            fault = self._written() or fault
         whose = f"rank {fault.rank}: " if fault.kind == "error" and fault.rank not in (None, self.rank) else ""
         reason = whose + fault.reason
         # On stderr the process's own end says it; a watcher's has no other words.
         extra = FILE_ONLY if fault.kind == "error" and fault.rank == self.rank else None
         log.error("leaving without saving: %s", "\n  ".join([reason, *fault.table]), exc_info=trace, extra=extra)
         self._rank(fault.code, reason)
-        if not self._begun or not self._first(fault):
+        if not first:
             return
         self._run("failed", fault.code, reason)
         facts = {"rank": fault.rank, "stuck": list(fault.stuck), "ranks": list(fault.table)}
@@ -135,34 +152,59 @@ class Verdict:
 
     def _first(self, fault: Fault) -> bool:
         """Whether no other rank has written of the end of this attempt. Where nothing can be written, rank 0 tries."""
-        path = self.folder / "attempts" / str(self.attempt) / FAULT_FILE
+        self._free_reserve()
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, "noticed_by": self.rank, **asdict(fault)}, indent=1) + "\n")
-            return True
+            os.close(os.open(self._fault_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             return False
         except OSError as error:
-            log.error("cannot write %s: %s", path, error)
+            log.error("cannot write %s: %s", self._fault_file, error)
             return self.rank == 0
+        self._try("the fault", lambda: write_atomically(self._fault_file, fault.to_json() + "\n"))
+        return True
+
+    def _written(self) -> Fault | None:
+        """What the first rank wrote."""
+        for _ in range(20):  # it may be at it
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                return Fault.from_json(self._fault_file.read_text(encoding="utf-8"))
+            time.sleep(0.05)
+        return None
+
+    @property
+    def _fault_file(self) -> Path:
+        return self.folder / "attempts" / str(self.attempt) / FAULT_FILE
+
+    def _keep_reserve(self) -> None:
+        """A few blocks of the disk for this rank's last words, should it be full then."""
+        path = self.folder / "attempts" / str(self.attempt) / f".reserve-{self.rank:05d}"
+        with suppress(OSError):
+            path.write_bytes(os.urandom(RESERVE_BYTES))  # no zeros: file systems leave those out
+            self._reserve = path
+
+    def _free_reserve(self) -> None:
+        if self._reserve is not None:
+            with suppress(OSError):
+                self._reserve.unlink(missing_ok=True)
 
     def _event(self, kind: str, facts: dict[str, Any]) -> None:
-        try:
-            append_event(self.folder, kind, step=self.step, attempt=self.attempt, **facts)
-        except OSError as error:
-            log.error("cannot write the event in %s: %s", self.folder, error)
+        event = partial(append_event, self.folder, kind, step=self.step, attempt=self.attempt, **facts)
+        self._try("the event", event)
 
     def _rank(self, code: int, reason: str) -> None:
-        try:
-            write_rank_status(self.folder, self.rank, self._status("failed", code, reason))
-        except OSError as error:  # the folder itself may be what failed
-            log.error("cannot write the status of this rank in %s: %s", self.folder, error)
+        status = self._status("failed", code, reason)
+        self._try("the status of this rank", lambda: write_rank_status(self.folder, self.rank, status))
 
     def _run(self, outcome: Any, code: int, reason: str) -> None:
+        status = self._status(outcome, code, reason)
+        self._try("the status of the run", lambda: write_status(self.folder, status))
+
+    def _try(self, what: str, write: Callable[[], object]) -> None:
+        """A disk that is full or gone may be what ended the run: it must not hide that."""
         try:
-            write_status(self.folder, self._status(outcome, code, reason))
-        except OSError as error:  # a full disk, say: must not hide what ended the run
-            log.error("cannot write the status of the run in %s: %s", self.folder, error)
+            write()
+        except OSError as error:
+            log.error("cannot write %s in %s: %s", what, self.folder, error)
 
     def _status(self, outcome: Any, code: int, reason: str) -> Status:
         return Status(outcome, code, self.step, reason, self.attempt, time.time())

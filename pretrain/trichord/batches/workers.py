@@ -242,7 +242,7 @@ def _next(iterator: Any) -> Any:
         pids = [int(pid) for found in _PIDS.findall(said) for pid in re.findall(r"\d+", found)]
         did = "".join(f"{worker.name} did: {worker.phase}. " for worker in worker_phases() if worker.pid in pids)
         raise TrichordError(
-            f"a process of the loader has died: {said} {did}Most often memory ran out: {_LESS_MEMORY}"
+            f"a process of the loader has died: {said.rstrip('.')}. {did}Most often memory ran out: {_LESS_MEMORY}"
         ) from error
 
 

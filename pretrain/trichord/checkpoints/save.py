@@ -12,6 +12,8 @@ import shutil
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +58,19 @@ class _Save:
 class CheckpointSaver:
     """Saves of one run, at most one in flight. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, folder: Path, config: CheckpointsConfig, attempt: str):
-        """folder: `runs/NAME/checkpoints`; attempt: equal on all ranks, different in each start of the run."""
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointsConfig,
+        attempt: str,
+        on_abandoned: Callable[[int, str], None] = lambda step, problem: None,
+    ):
+        """folder: `runs/NAME/checkpoints`; attempt: equal on all ranks, different in each start of the run;
+        on_abandoned: told the step and the problem of a save that failed, on rank 0, in the save's thread."""
         self.folder = Path(folder)
         self.config = config
         self.attempt = attempt
+        self.on_abandoned = on_abandoned
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.last_step: int | None = None
         self._running: _Save | None = None
@@ -167,7 +177,8 @@ class CheckpointSaver:
             return {"index": save.snapshot.index, "loader": save.loader_state.to_json(), "files": files}
         except Exception as error:  # any failure must reach rank 0, which otherwise waits for this rank
             save.own_error = f"{type(error).__name__}: {error}"
-            file.unlink(missing_ok=True)  # on a full disk: room for the done file
+            with suppress(OSError):
+                file.unlink(missing_ok=True)  # on a full disk: room for the done file
             return {"error": save.own_error}
 
     def _commit(self, save: _Save) -> None:
@@ -182,6 +193,7 @@ class CheckpointSaver:
         if problem is not None:
             log.error("checkpoint of step %d abandoned, the previous one stays: %s", save.step, problem)
             shutil.rmtree(save.folder, ignore_errors=True)
+            self.on_abandoned(save.step, problem)
             return
         name = checkpoint_name(save.step)
         try:

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -41,7 +42,6 @@ class StopFlag:
 
     def __init__(self):
         self._received: int | None = None
-        self.count = 0
 
     def install(self) -> StopFlag:
         """Take over the signals of this process. Only the main thread may call this."""
@@ -50,7 +50,11 @@ class StopFlag:
         return self
 
     def _on_signal(self, number: int, _frame) -> None:
-        self.count += 1  # nothing else than numbers: handlers run between any two bytecodes
+        # Nothing that takes a lock: handlers run between any two bytecodes.
+        if self._received is not None:
+            name = signal.Signals(number).name
+            with suppress(OSError):
+                os.write(2, f"{name}: stopping already, with a checkpoint; kill -9 ends it without one\n".encode())
         self._received = self._received or number
 
     @property
@@ -148,6 +152,12 @@ class PeerWatch:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return Fault("lost", f"the connection to the other ranks broke in {current_phase()}: {said}")
 
+    def linger(self) -> None:
+        """Where this process holds the job's store: stay until the others have read there what is wrong."""
+        agents_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if self._facts.rank == 0 and self._store is not None and not agents_store:
+            time.sleep(2.5 * self.beat_every_s)
+
     def _run(self) -> None:
         peer = (self._facts.rank + 1) % self._facts.world_size
         last_beat, last_change = b"", time.monotonic()
@@ -233,6 +243,7 @@ class PeerWatch:
         if self._stopping.is_set():
             return
         try:
+            self.linger()
             if fault.kind == "stuck" and (self._facts.rank in fault.stuck or not fault.stuck):
                 dump_stacks(fault.reason)
                 time.sleep(0.2)  # its workers write theirs
