@@ -27,19 +27,17 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
     for name in _IN_PIECES:
         parts[name] = _joined([piece for row in rows for piece in getattr(row, name)])
     for name in ("span_ends", "image_spans", "audio_spans", "text_spans"):
-        parts[name] = np.concatenate([getattr(row, name) + np.int32(at) for row, at in zip(rows, row_starts)])
+        parts[name] = _counted_on([getattr(row, name) for row in rows], row_starts)
     for name in ("image_segments", "audio_segments"):
-        parts[name] = np.concatenate([getattr(row, name) + at for row, at in zip(rows, segment_starts)])
-    parts["segment_ids"] = np.concatenate(
-        [np.where(row.segment_ids == SLACK_SEGMENT, SLACK_SEGMENT, row.segment_ids + np.int32(at)).astype(np.int32)
-         for row, at in zip(rows, segment_starts)]
-    )  # fmt: skip
-    parts["position_ids"] = np.concatenate([row.position_ids for row in rows], axis=1)
+        parts[name] = _counted_on([getattr(row, name) for row in rows], segment_starts)
+    parts["segment_ids"] = _counted_on([row.segment_ids for row in rows], segment_starts, but=SLACK_SEGMENT)
+    parts["position_ids"] = _joined([row.position_ids for row in rows], axis=1)
     parts["label_index"] = np.flatnonzero(parts["labels"] != IGNORE_INDEX)
     parts["cu_seqlens"] = _run_boundaries(parts["segment_ids"], row_starts)
     parts["image_index"] = _positions(parts["image_spans"])
     parts["audio_index"] = _positions(parts["audio_spans"])
-    causal_pairs, visible_pairs = _count_pairs(parts)
+    real = parts["segment_ids"] != SLACK_SEGMENT
+    causal_pairs, visible_pairs = _count_pairs(real, parts["cu_seqlens"], parts["span_ends"])
     return PackedBatch(
         **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()},
         audio_offsets=tuple(_starts([int(n) for row in rows for n in row.audio_lengths])),
@@ -52,24 +50,33 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
         num_audios=len(parts["audio_spans"]),
         num_labels=len(parts["label_index"]),
         max_seqlen=int(np.diff(parts["cu_seqlens"]).max(initial=0)),
-        useful_tokens=int((parts["segment_ids"] != SLACK_SEGMENT).sum()),
+        useful_tokens=int(np.count_nonzero(real)),
         causal_pairs=causal_pairs,
         visible_pairs=visible_pairs,
     )
 
 
-def _count_pairs(parts: dict[str, np.ndarray]) -> tuple[int, int]:
+def _count_pairs(real: np.ndarray, boundaries: np.ndarray, span_ends: np.ndarray) -> tuple[int, int]:
     """Pairs of query and key that see each other: causal throughout, and by `span_ends`. Slack sees nothing."""
-    lengths = np.diff(parts["cu_seqlens"])
-    starts = np.repeat(parts["cu_seqlens"][:-1], lengths)
-    real = parts["segment_ids"] != SLACK_SEGMENT
-    causal = np.arange(len(starts)) + 1 - starts
-    return int(causal[real].sum()), int((parts["span_ends"] - starts)[real].sum(dtype=np.int64))
+    starts = boundaries[:-1].astype(np.int64)
+    lengths = np.diff(boundaries) * real[starts]  # a run is slack or none of it is
+    visible = span_ends.sum(dtype=np.int64, where=real) - (starts * lengths).sum()
+    return int((lengths.astype(np.int64) * (lengths + 1) // 2).sum()), int(visible)
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def _joined(arrays: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
     # What a decoder gives may be read-only, and tensors over such memory are not to be had.
-    return arrays[0] if len(arrays) == 1 and arrays[0].flags.writeable else np.concatenate(arrays)
+    return arrays[0] if len(arrays) == 1 and arrays[0].flags.writeable else np.concatenate(arrays, axis)
+
+
+def _counted_on(arrays: Sequence[np.ndarray], starts: Sequence[int], but: int | None = None) -> np.ndarray:
+    """Joined, each counted from its start (the first one's is 0); numbers that are `but` stay as they are."""
+    shifted = [arrays[0]]
+    for array, start in zip(arrays[1:], starts[1:]):
+        shifted.append(array + array.dtype.type(start))
+        if but is not None:
+            shifted[-1][array == but] = but
+    return _joined(shifted)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

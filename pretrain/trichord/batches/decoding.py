@@ -27,6 +27,7 @@ class RowDecoder:
         self._planner = planner
         self._seed = augment_seed
         samples, batches, lengths = planner.samples, planner.batches, planner.lengths
+        self._draws = {"image": samples.image.draws, "audio": samples.audio.draws}
         self._form = RowFormat.of(
             batches.row_tokens, samples.image.size, planner.tokenizer, lengths.num_mels, samples.targets
         )
@@ -56,13 +57,14 @@ class RowDecoder:
         Raises:
             BadSample: one of them is unreadable, or not what the index says. DataError: the storage failed.
         """
-        planner, key = self._planner, self._key(sample)
+        planner = self._planner
         decoded = []
         for number, item in enumerate(sample.items, start=sample.first_item):
-            # The first item is keyed by its kind alone, so that adding further ones leaves it as it was.
-            draws = planner.samples.image.draws if item.kind == "image" else planner.samples.audio.draws
-            purpose = item.kind if number == 0 else f"{item.kind} {number}"
-            rng = key.generator(purpose) if key is not None and draws else None
+            rng = None
+            if self._seed is not None and self._draws[item.kind]:
+                # The first item is keyed by its kind alone, so that adding further ones leaves it as it was.
+                purpose = item.kind if number == 0 else f"{item.kind} {number}"
+                rng = self._key(sample, self._seed).generator(purpose)
             array = decode_item(sample.shard, item, planner.samples, planner.max_member_bytes, rng)
             if item.kind == "image":
                 decoded.append(array)
@@ -79,7 +81,5 @@ class RowDecoder:
         name = self._planner.tables[sample.ref.source].name
         return LeftOut(sample.ref, QuarantineRecord(sample.shard, sample.key, offset, bad.member, bad.reason, name))
 
-    def _key(self, sample: PlannedSample) -> AugmentKey | None:
-        if self._seed is None:
-            return None
-        return AugmentKey(self._seed, self._planner.tables[sample.ref.source].name, sample.ref.epoch, sample.ref.sample)
+    def _key(self, sample: PlannedSample, seed: int) -> AugmentKey:
+        return AugmentKey(seed, self._planner.tables[sample.ref.source].name, sample.ref.epoch, sample.ref.sample)

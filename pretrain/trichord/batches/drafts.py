@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trichord.batches.config import BatchesConfig
 from trichord.samples.interleaved import Item
 from trichord.samples.sample import SampleContent
 
 
-@dataclass(frozen=True)
-class DraftPart:
+class DraftPart(NamedTuple):
     """A text or an item, in reading order. ends: [EOS] follows the text, and is learned."""
 
     text: str = ""

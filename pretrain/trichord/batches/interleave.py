@@ -51,21 +51,17 @@ class StreamPart(NamedTuple):
 
 
 def segment_length(parts: Sequence[StreamPart]) -> int:
-    return sum(part.length for part in parts)
-
-
-def part_spans(parts: Sequence[StreamPart]) -> list[tuple[int, int]]:
-    """(start, end) of each part, counted from the segment's start."""
-    spans, end = [], 0
-    for part in parts:
-        spans.append((end, end + part.length))
-        end += part.length
-    return spans
+    return sum([part.length for part in parts])
 
 
 def caption_span(parts: Sequence[StreamPart]) -> tuple[int, int]:
     """Where the caption lies; where there is none, empty behind [BOS]."""
-    return next((span for part, span in zip(parts, part_spans(parts)) if part.caption), (1, 1))
+    at = 0
+    for part in parts:
+        if part.caption:
+            return at, at + part.length
+        at += part.length
+    return 1, 1
 
 
 class StreamArrays:
@@ -82,6 +78,7 @@ class StreamArrays:
         self.span_kind = np.full(length, SPAN_TEXT, dtype=np.int8)
         self.span_ends = np.arange(1, length + 1, dtype=np.int32)
         self._learned = np.zeros(length, dtype=bool)  # tokens that the model has to predict
+        self._count = np.arange(length, dtype=np.float32)
         self._placeholder = {SPAN_IMAGE: image_id, SPAN_AUDIO: audio_id}
 
     @property
@@ -117,7 +114,7 @@ class StreamArrays:
         following, run, at = 0, start, start
         for part in parts:
             if part.grid is not None and part.length:
-                self.positions[:, run:at] = np.arange(following, following + at - run)
+                self.positions[:, run:at] = self._count[following : following + at - run]
                 following += at - run
                 rows, columns = part.grid
                 run = at + part.length
@@ -126,4 +123,4 @@ class StreamArrays:
                 self.positions[2, at:run] = following + np.tile(np.arange(columns), rows)
                 following += max(rows, columns)
             at += part.length
-        self.positions[:, run:end] = np.arange(following, following + end - run)
+        self.positions[:, run:end] = self._count[following : following + end - run]

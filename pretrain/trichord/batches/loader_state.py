@@ -7,6 +7,7 @@ ranks or workers there were.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -184,7 +185,8 @@ class LoaderState:
 
 
 def _ref_bytes(refs: Iterable[SampleRef]) -> bytes:
-    return b"".join(number.to_bytes(8, "little", signed=True) for ref in refs for number in ref)
+    numbers = [number for ref in refs for number in ref]
+    return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
 def _hash_of(ref: SampleRef) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trichord.batches.interleave import StreamArrays, caption_span, part_spans
+from trichord.batches.interleave import StreamArrays, caption_span
 from trichord.batches.packed_batch import SPAN_AUDIO, SPAN_IMAGE
 from trichord.batches.windows import PlannedSample
 from trichord.samples.config import TargetConfig
@@ -137,15 +137,18 @@ class _Items:
         first, last = caption_span(sample.parts)
         self.text_spans.append((start + first, start + last))
         items = iter(content)
-        for part, (first, last) in zip(sample.parts, part_spans(sample.parts)):
+        at = start
+        for part in sample.parts:
+            span = at, at + part.length
             if part.kind == SPAN_IMAGE:
                 self.pixels.append(next(items))  # pyright: ignore[reportArgumentType]
-                self.image_spans.append((start + first, start + last))
+                self.image_spans.append(span)
                 self.image_segments.append(segment)
             elif part.kind == SPAN_AUDIO:
                 self.clips.append(next(items))  # pyright: ignore[reportArgumentType]
-                self.audio_spans.append((start + first, start + last))
+                self.audio_spans.append(span)
                 self.audio_segments.append(segment)
+            at = span[1]
 
     def arrays(self, form: RowFormat) -> dict[str, Any]:
         waveforms = tuple(clip.waveform for clip in self.clips if clip.waveform is not None)

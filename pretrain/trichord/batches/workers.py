@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any
@@ -42,6 +42,8 @@ from trichord.core.processes import die_with_parent
 
 _ALIGNMENT = 64
 _CLOSE_SECONDS = 5.0
+_GC_THRESHOLD = 50_000
+"""New objects between two looks for garbage. Python's 700 are made every 15 samples of a window, and all are kept."""
 _LESS_MEMORY = (
     "lower batches.num_workers or batches.prefetch_steps; then start again, the run goes on from its checkpoint"
 )
@@ -79,19 +81,18 @@ def out_of_memory(error: MemoryError) -> WorkerFault:
 def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
     """Copy the arrays of a row into the slot, or into a block where there is none or it is too small."""
     places, copies, size = {}, [], 0
-    for field in fields(RowArrays):
-        value = getattr(row.arrays, field.name)
+    for name, value in vars(row.arrays).items():
         pieces = value if isinstance(value, tuple) else (value,)
-        shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
-        places[field.name] = (size, shape, pieces[0].dtype.str, isinstance(value, tuple))
-        for piece in pieces:
-            copies.append((size, piece))
-            size += piece.nbytes
-        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        first = pieces[0]
+        shape = (sum(map(len, pieces)), *first.shape[1:])
+        end = size + math.prod(shape) * first.itemsize
+        places[name] = (size, shape, first.dtype.str, isinstance(value, tuple))
+        copies.append((size, end, shape, pieces))
+        size = -(-end // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8) if slot is None or size > slots.slot_bytes else slot
     view = slots.view(memory, size) if isinstance(memory, int) else memory.numpy()
-    for offset, array in copies:
-        view[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for offset, end, shape, pieces in copies:
+        np.concatenate(pieces, out=view[offset:end].view(pieces[0].dtype).reshape(shape))
     return Parcel(places, size, memory, row.bad)
 
 
@@ -296,6 +297,7 @@ def enter_worker(parent_pid: int, worker: int) -> None:
     # What was there before the fork is not garbage: looking through all of torch took a quarter of the planner's time,
     # and wrote to pages that are otherwise shared with the parent.
     gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

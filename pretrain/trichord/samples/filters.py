@@ -33,6 +33,8 @@ class SampleFilter:
         """
         self._config = config
         self._excluded: dict[str, frozenset[str]] = {}
+        bounds = config.model_dump(exclude={"exclude", "meta"})
+        self._bounded = any(bound is not None for bound in bounds.values())
         digest = hashlib.blake2b(config.model_dump_json(exclude={"exclude"}).encode(), digest_size=16)
         pairs = sorted({pair for path in config.exclude for pair in _read_excluded(path)})
         for shard, key in pairs:
@@ -55,6 +57,8 @@ class SampleFilter:
         config = self._config
         if self._excluded and entry.key in self._excluded.get(os.path.basename(entry.shard), ()):
             raise FilteredSample("exclude")
+        if not self._bounded:
+            return
         if entry.image_size is not None:
             short, long = sorted(entry.image_size)
             _at_least("min_image_side", short, config.min_image_side)

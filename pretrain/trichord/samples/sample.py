@@ -6,9 +6,10 @@ is built: `decode_item`. Content faults raise `BadSample` in both; I/O faults ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,8 +32,7 @@ from trichord.shards.reader import read_ref
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class SampleContent:
+class SampleContent(NamedTuple):
     """A sample as it is read, nothing large decoded yet.
 
     items: image, then audio, of a sample made of fields; all items of a chat or document, in reading order. text: the
@@ -42,7 +42,7 @@ class SampleContent:
     items: tuple[Item, ...]
     text: str | None
     turns: tuple[Turn, ...] | None
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _NO_VALUES, _NONE_PRESENT = np.zeros(0, dtype=np.float32), np.zeros(0, dtype=boo
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_targets(meta: dict[str, Any], targets: Mapping[str, TargetConfig]) -> tuple[np.ndarray, np.ndarray]:
+def read_targets(meta: Mapping[str, Any], targets: Mapping[str, TargetConfig]) -> tuple[np.ndarray, np.ndarray]:
     """(values, present) of one sample: values (C,) float32, the columns of all targets side by side in the order of the
     config (one column for `class` and `number`, one per class, 0 or 1, for `classes`); present (N,) bool per target.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from trichord.samples.config import TextConfig
@@ -77,7 +78,7 @@ def has_half_surrogate(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def value_at(meta: dict[str, Any], path: str) -> Any:
+def value_at(meta: Mapping[str, Any], path: str) -> Any:
     """The value under a dotted path of a JSON object, or None where there is none."""
     value: Any = meta
     for name in path.split("."):

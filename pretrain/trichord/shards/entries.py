@@ -1,6 +1,7 @@
 """What is known of one sample without opening it: its members, by field and as siblings, and how large each is."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from trichord.shards.config import FieldsConfig
@@ -9,6 +10,8 @@ from trichord.shards.probes import Kind, Measure
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_REASON_CHARS = 1000
+_KEPT_LAYOUTS = 64
+_KEPT_MEMBERS = 64
 NOT_MEASURED = "not measured when the shard was indexed"
 
 
@@ -20,8 +23,7 @@ class Sibling(NamedTuple):
     measure: Measure
 
 
-@dataclass(frozen=True)
-class SampleEntry:
+class SampleEntry(NamedTuple):
     """What is known of one sample without opening it.
 
     key: webdataset's key; shard: URL of the tar. members: by field (`image`, `audio`, `text`, `meta`), those present.
@@ -33,13 +35,20 @@ class SampleEntry:
 
     key: str
     shard: str
-    members: dict[str, MemberRef] = field(default_factory=dict)
+    members: Mapping[str, MemberRef] = MappingProxyType({})
     text_chars: int | None = None
     image_size: tuple[int, int] | None = None
     audio_frames: int | None = None
     audio_rate: int | None = None
     problem: str | None = None
-    siblings: dict[str, Sibling] = field(default_factory=dict)
+    siblings: Mapping[str, Sibling] = MappingProxyType({})
+
+
+class Layout(NamedTuple):
+    """What the extensions of a sample's members say. kinds: of each member. fields: (name, number of its member)."""
+
+    kinds: tuple[Kind | None, ...]
+    fields: tuple[tuple[str, int], ...]
 
 
 class FieldMap:
@@ -49,6 +58,7 @@ class FieldMap:
         self.fields = {
             name: tuple(ext.lower() for ext in getattr(fields, name) if not is_unsafe(ext)) for name in (*KINDS, "meta")
         }
+        self._layouts: dict[tuple[str, ...], Layout] = {}
         self._kinds: dict[str, Kind] = {}
         for kind in KINDS:
             for ext in self.fields[kind]:
@@ -60,6 +70,20 @@ class FieldMap:
         if kind is None and (dot := ext.rfind(".")) >= 0:
             kind = self._kinds.get(ext[dot + 1 :])
         return kind
+
+    def layout(self, exts: tuple[str, ...]) -> Layout:
+        """Of members with these extensions. Most samples of a source have the same ones: the first layouts are kept."""
+        layout = self._layouts.get(exts)
+        if layout is None:
+            numbers = {ext: number for number, ext in enumerate(exts)}
+            found = {
+                name: next((ext for ext in mapped if ext in numbers), None) for name, mapped in self.fields.items()
+            }
+            fields = tuple((name, numbers[ext]) for name, ext in found.items() if ext is not None)
+            layout = Layout(tuple([self.kind(ext) for ext in exts]), fields)
+            if len(self._layouts) < _KEPT_LAYOUTS and len(exts) <= _KEPT_MEMBERS:
+                self._layouts[exts] = layout
+        return layout
 
 
 class Measures:
@@ -95,26 +119,24 @@ def make_entry(
     max_members: int | None,
 ) -> SampleEntry:
     """The entry of one sample. `problem` is what the walk over its shard found, or None."""
+    exts = tuple([ref.ext for ref in members])
+    layout = fields.layout(exts)
+    siblings: dict[str, Sibling] = {}
     if max_members is not None and len(members) > max_members:
         problem = problem or f"{len(members)} members, more than shards.max_members_per_sample {max_members}"
-        siblings: dict[str, Sibling] = {}
     else:
-        siblings = _siblings(members, measures, fields)
-    by_ext = {ref.ext: ref for ref in members}
-    mapped: dict[str, MemberRef] = {}
+        for kind, ref in zip(layout.kinds, members):
+            if kind is not None:
+                siblings[ref.ext] = Sibling(kind, ref, measures.get(kind, ref.ext))
+    mapped = {name: members[number] for name, number in layout.fields}
     known: dict[str, Any] = {}
-    for name, exts in fields.fields.items():
-        for ext in exts:
-            if ext in by_ext:
-                mapped[name] = by_ext[ext]
-                if name != "meta":
-                    known[name] = _measure_of(name, ext, siblings, measures)
-                break
-    for name, measure in known.items():
-        if measure.__class__ is str:
-            problem = problem or f"{name}: {measure}"
+    for name, ref in mapped.items():
+        if name != "meta":
+            known[name] = measure = _measure_of(name, ref.ext, siblings, measures)
+            if measure.__class__ is str:
+                problem = problem or f"{name}: {measure}"
     if not mapped:
-        problem = problem or f"no member with a mapped extension; found {sorted(by_ext)}"
+        problem = problem or f"no member with a mapped extension; found {sorted(set(exts))}"
     key = (split_name(members[0].name) or ("", ""))[0]
     if problem is not None:
         return SampleEntry(key, url, mapped, problem=problem, siblings=siblings)
@@ -126,12 +148,3 @@ def make_entry(
 def _measure_of(kind: str, ext: str, siblings: dict[str, Sibling], measures: Measures) -> Measure:
     sibling = siblings.get(ext)
     return sibling.measure if sibling is not None and sibling.kind == kind else measures.get(kind, ext)
-
-
-def _siblings(members: list[MemberRef], measures: Measures, fields: FieldMap) -> dict[str, Sibling]:
-    siblings = {}
-    for ref in members:
-        kind = fields.kind(ref.ext)
-        if kind is not None:
-            siblings[ref.ext] = Sibling(kind, ref, measures.get(kind, ref.ext))
-    return siblings
