@@ -32,7 +32,6 @@ from trichord.core.status import clear_rank_statuses
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.features import SlotLayout
 from trichord.engine.partition import building_in, slices_of_run
-from trichord.engine.partition import building_in, slices_of_run
 from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag

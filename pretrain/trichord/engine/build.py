@@ -19,19 +19,8 @@ from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, rate_of
 from trichord.engine.partition import hand_over
 from trichord.layers.initial import OwnSlices
-from trichord.engine.partition import hand_over
-from trichord.layers.initial import OwnSlices
 from trichord.engine.wire import wire_meter
 from trichord_kernels.tables.agree import agree_on_tables
-
-
-# Of the parameters that the model computes with.
-COMPUTE_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "autocast_bf16": torch.float32,
-}
 
 
 # Of the parameters that the model computes with.
@@ -126,8 +115,6 @@ def build_engine(
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
     config = deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps)
-    if slices is not None:
-        hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     if slices is not None:
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
