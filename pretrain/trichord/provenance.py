@@ -15,7 +15,7 @@ from typing import Any
 from trichord.batches.lane_reader import LaneReader, LaneRow
 from trichord.batches.loader_state import LaneCursor, LoaderState
 from trichord.batches.order import data_identity, lane_planner
-from trichord.batches.tokenizer import load_tokenizer
+from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import SamplePlanner
 from trichord.checkpoints.load import read_facts
 from trichord.checkpoints.manifest import incomplete_reason, step_folders
@@ -24,6 +24,7 @@ from trichord.config.run import RunConfig
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.restore import TOKENIZER_FOLDER, item_lengths, stored_config
 from trichord.shards.follow import FOLLOW_FOLDER
+from trichord.shards.lanes import LanePlanner
 from trichord.shards.reader import open_sources
 
 
@@ -56,6 +57,40 @@ class Provenance:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a past step is made again from. config: of the attempt that made it; checkpoint: the newest before the step,
+    None for the start; start: the loader there; goal: the loader at the oldest checkpoint that has the step behind it,
+    where there is one; order, planner: of the run's data."""
+
+    config: RunConfig
+    checkpoint: Path | None
+    start: LoaderState
+    goal: LoaderState | None
+    order: LanePlanner
+    planner: SamplePlanner
+
+
+def open_past(run: Path, step: int) -> Past:
+    """Find the checkpoints around optimizer step `step` and open the run's data.
+
+    Raises:
+        CheckpointError: no run folder; the data is not what the run has seen. ConfigError: no such step.
+    """
+    newest = read_run_config(run)
+    before, behind = (None if path is None else read_facts(path) for path in _checkpoints_around(run, step))
+    # What the attempt that made the step was told: weights may have changed since.
+    config = newest if behind is None else stored_config(behind.folder, behind.train_state["config"])
+    planner = _planner(run, config)
+    order = lane_planner(config.shards, planner, config.run.seed)
+    identity = data_identity(config.shards, planner, config.run.seed)
+    first = {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)}
+    start = LoaderState(0, first, identity) if before is None else before.loader
+    start.check_fits(identity)
+    goal = None if behind is None else behind.loader
+    return Past(config, None if before is None else before.folder, start, goal, order, planner)
+
+
 def samples_of_step(
     run: Path,
     step: int,
@@ -75,26 +110,15 @@ def samples_of_step(
         CheckpointError: no run folder; the data is not what the run has seen; the chains differ.
         ConfigError: no such step or lane.
     """
-    newest = read_run_config(run)
-    before, behind = (None if path is None else read_facts(path) for path in _checkpoints_around(run, step))
-    # What the attempt that made the step was told: weights may have changed since.
-    config = newest if behind is None else stored_config(behind.folder, behind.train_state["config"])
-    planner = _planner(run, config)
-    order = lane_planner(config.shards, planner, config.run.seed)
+    past = open_past(run, step)
+    config, planner, start = past.config, past.planner, past.start
     numbers = _lanes(lanes, config.batches.num_lanes)
-    identity = data_identity(config.shards, planner, config.run.seed)
-    if before is None:
-        first = {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)}
-        start = LoaderState(0, first, identity)
-    else:
-        start = before.loader
-    start.check_fits(identity)
-    goal = behind.loader if behind is not None and verify else None
+    goal = past.goal if verify else None
     bad = _left_out(run, step)
     samples: list[UsedSample] = []
     per_lane = config.batches.rows_per_lane
     for done, lane in enumerate(numbers, start=1):
-        reader = LaneReader(order, planner, config.run.seed, start.lanes[lane])
+        reader = LaneReader(past.order, planner, config.run.seed, start.lanes[lane])
         for number in range(start.step, step if goal is None else goal.step):
             for place in range(per_lane):
                 row = reader.next_row(number)
@@ -132,9 +156,14 @@ def _last_step(run: Path) -> int:
         return 0
 
 
-def _planner(run: Path, config: RunConfig) -> SamplePlanner:
+def run_tokenizer(run: Path, config: RunConfig) -> TextTokenizer:
+    """The copy in the run folder, else the config's own."""
     copy = run / TOKENIZER_FOLDER
-    tokenizer = load_tokenizer(str(copy) if (copy / "tokenizer.json").exists() else config.batches.tokenizer)
+    return load_tokenizer(str(copy) if (copy / "tokenizer.json").exists() else config.batches.tokenizer)
+
+
+def _planner(run: Path, config: RunConfig) -> SamplePlanner:
+    tokenizer = run_tokenizer(run, config)
     tables = open_sources(config.shards, run / FOLLOW_FOLDER)
     return SamplePlanner(
         tables, config.samples, config.batches, tokenizer, item_lengths(config), config.shards.max_member_bytes

@@ -32,6 +32,7 @@ ROOMS = (
     "evaluate",
     "export",
     "provenance",
+    "replay",
     "inspection",
     "selftest",
     "benchmarks",

@@ -110,9 +110,21 @@ def provenance(
     step: Annotated[int, typer.Option(help="Optimizer step, as in metrics.jsonl; 1 is the first.")],
     lane: Annotated[list[int] | None, typer.Option(help="Of this lane only; repeatable.")] = None,
     verify: Annotated[bool, typer.Option(help="Plan on to the next checkpoint and compare digests.")] = True,
+    replay: Annotated[bool, typer.Option("--replay", help="Do the step again and compare its loss.")] = False,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Rebuild the step's batch, without a model's weights, and digest it.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Which samples a past step was made of, planned anew from the nearest checkpoint before it."""
+    """Which samples a past step was made of, planned anew from the nearest checkpoint before it; or the step again."""
+    if replay and data_only:
+        raise ConfigError("--replay makes the batch too: choose it or --data-only")
+    if lane and (replay or data_only):
+        raise ConfigError("--lane lists samples; a step is replayed with all its lanes")
+    if replay:
+        return _replay(run, step, json_file)
+    if data_only:
+        return _rebuild(run, step, json_file)
     from trichord.provenance import samples_of_step
 
     with advancing("planning lanes") as show:
@@ -120,6 +132,30 @@ def provenance(
     print_rows([asdict(sample) for sample in found.samples])
     proof = "not verified" if found.verified_by is None else f"reaches the digest of step {found.verified_by}"
     typer.echo(f"{len(found.samples)} samples, planned from step {found.planned_from}, {proof}", err=True)
+    write_json(json_file, found.to_json())
+
+
+def _replay(run: Path, step: int, json_file: Path | None) -> None:
+    from trichord.replay import replay_step
+
+    with advancing("replaying steps") as show:
+        found = replay_step(run, step, on_progress=show)
+    rows = [
+        {"step": step, "": "recorded", "loss": found.recorded_loss, "grad norm": found.recorded_grad_norm},
+        {"step": step, "": "replayed", "loss": found.loss, "grad norm": found.grad_norm},
+    ]
+    print_rows([{name: "not logged" if value is None else value for name, value in row.items()} for row in rows])
+    start = f"checkpoint {found.replayed_from}" if found.replayed_from else "the start"
+    apart = "" if found.difference is None else f"; the loss differs by {found.difference:.1e}, relative"
+    typer.echo(f"{step - found.replayed_from} steps from {start} on, in one process{apart}", err=True)
+    write_json(json_file, found.to_json())
+
+
+def _rebuild(run: Path, step: int, json_file: Path | None) -> None:
+    from trichord.replay import rebuild_batch
+
+    found = rebuild_batch(run, step)
+    print_rows([{name: value for name, value in found.to_json().items() if name != "run"}])
     write_json(json_file, found.to_json())
 
 
