@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from trichord.batches.loader import StepBatch, StepStats
 from trichord.checkpoints.load import LoadedState
@@ -19,9 +18,9 @@ from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
 from trichord.core.errors import DataError, TrichordError
 from trichord.core.log import get_logger
-from trichord.core.memory import resident_bytes
 from trichord.engine.label_losses import KINDS, loss_names
 from trichord.engine.param_groups import rates_of_rooms
+from trichord.engine.rank_figures import figures_of_ranks, rank_columns
 from trichord.engine.step import Stepper, StepResult
 from trichord.engine.together import gather_lists
 from trichord.engine.wire import MIB, wire_meter
@@ -32,13 +31,13 @@ from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_ba
 from trichord.shards.shares import target_shares
 from trichord.tracking.data_record import DataRecord
 from trichord.tracking.peak import number_of, peak_flops_per_s
+from trichord.tracking.profile import StepProfiler
 from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
 
 MAX_EMPTY_STEPS = 10
 MAX_SUSPECTS = 64
-GIB = 2**30
 # Metric -> parts of the step as `StepClock` names them.
 _TIMES = {
     "data/wait_ms": ("data wait",),
@@ -48,8 +47,6 @@ _TIMES = {
     "speed/update_ms": ("update",),
     "speed/save_ms": ("save",),
 }
-# What each rank has of its own: a column per rank in the all-reduce of a line.
-_OF_EACH_RANK = ("cost", "cost_undealt", "peak_gib", "reserved_gib", "host_gib", "workers_gib")
 
 
 @dataclass
@@ -143,6 +140,9 @@ class Recording:
         self._label_sums = torch.zeros(len(self.names), len(KINDS), 2, dtype=torch.float64, device=self.device)
         self._peak = _peak_flops_per_s(config, self.device)
         self._told: set[str] = set()
+        self.profiler = StepProfiler(
+            config.tracking.profile, folder.path / "profile", rank=dist.get_rank(), attempt=folder.attempt
+        )
         wire_meter().read()  # what start-up sent is no step's
 
     def damaged(self, records: list[QuarantineRecord]) -> None:
@@ -154,7 +154,14 @@ class Recording:
 
     def begin(self, step: int) -> None:
         """A step begins, after `step` finished ones: the wait for its data."""
+        if (trace := self.profiler.begin(step)) is not None:
+            self.recorder.event("profile", step, trace=str(trace))
         self.clock.enter("data wait")
+
+    def close(self, step: int) -> None:
+        """No more steps."""
+        if (trace := self.profiler.close()) is not None:
+            self.recorder.event("profile", step, trace=str(trace))
 
     def step(self, progress: Progress, result: StepResult, batch: StepBatch, *, lr: float) -> None:
         """Called after every step on every rank."""
@@ -194,7 +201,7 @@ class Recording:
             torch.tensor([self.window.sums.get(f"source/{name}", 0.0) for name in self.names], dtype=torch.float64),
             torch.tensor(self.work.read(), dtype=torch.float64),
             self._label_sums.flatten(),
-            self._columns(stats).flatten(),
+            rank_columns(stats, self.device).flatten(),
         ]
         sums = torch.cat([part.to(self.device) for part in own])
         dist.all_reduce(sums)
@@ -207,7 +214,7 @@ class Recording:
         line |= self._state(progress, result, lr)
         line |= self._speed(seconds, *work.tolist()) | self._times(seconds, steps) | _wire(steps)
         line |= self._mix(progress.step, draws.tolist())
-        line |= _of_ranks(columns.view(len(_OF_EACH_RANK), -1))
+        line |= figures_of_ranks(columns)
         self.recorder.metrics(progress.step, line)
         self.window = Window()
         self._label_sums.zero_()
@@ -250,28 +257,6 @@ class Recording:
         target = target_shares(self.config.shards, step)
         return line | {f"data/mix_target_frac/{name}": share for name, share in target.items()}
 
-    def _columns(self, stats: StepStats) -> Tensor:
-        """(len(_OF_EACH_RANK), ranks) float64, 0 but for this rank's column."""
-        own, below = resident_bytes()
-        on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else _peak_resident_bytes()
-        reserved = torch.cuda.max_memory_reserved(self.device) if on_gpu else 0
-        values = [stats.cost, stats.cost_undealt, *(size / GIB for size in (peak, reserved, own + below, below))]
-        columns = torch.zeros(len(_OF_EACH_RANK), dist.get_world_size(), dtype=torch.float64)
-        columns[:, dist.get_rank()] = torch.tensor(values, dtype=torch.float64)
-        return columns
-
-
-def _of_ranks(columns: Tensor) -> dict[str, float]:
-    """Figures of the rank that has most: (len(_OF_EACH_RANK), ranks) on the host."""
-    of = dict(zip(_OF_EACH_RANK, columns))
-    line = {f"memory/{name}": float(of[name].max()) for name in _OF_EACH_RANK if name.endswith("_gib")}
-    line = {name: value for name, value in line.items() if value}  # not on this device, or not on this system
-    return line | {
-        "data/imbalance": _imbalance(of["cost"]),
-        "data/imbalance_undealt": _imbalance(of["cost_undealt"]),
-    }
-
 
 def _wire(steps: int) -> dict[str, float]:
     """MiB that this rank sent per step, in all and by kind of collective."""
@@ -291,15 +276,3 @@ def _peak_flops_per_s(config: RunConfig, device: torch.device) -> float | None:
     if peak is None and dist.get_rank() == 0:
         log.warning("no peak FLOP/s known of %s in %s: no MFU; set tracking.peak_tflops", name, number)
     return peak
-
-
-def _imbalance(costs: Tensor) -> float:
-    """The most loaded rank over the mean, by predicted cost; 1 is balance."""
-    total = float(costs.sum())
-    return float(costs.max()) * len(costs) / total if total else 1.0
-
-
-def _peak_resident_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

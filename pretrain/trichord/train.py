@@ -114,13 +114,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     )
     if resumed is not None:
         load_into(engine, resumed.folder)
-    stepper = Stepper(
-        *(engine, config.objectives),
-        device=device,
-        layout=layout,
-        max_grad_norm=config.engine.max_grad_norm,
-        num_sources=len(config.shards.sources),
-    )
+    stepper = build_stepper(config, engine, device, layout)
     saver = CheckpointSaver(folder.path / "checkpoints", config.checkpoints, token, verdict.not_saved)
     apply_timeout(config.engine.timeout_s)
 
@@ -155,6 +149,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
             recorder.event("checkpoint", saved)
 
     # The end: the last checkpoint is on disk before anybody leaves.
+    recording.close(progress.step)
     set_phase("last save")
     saved = saver.finish()
     finished = progress.step >= total_steps
@@ -252,6 +247,17 @@ def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:
     if dist.get_rank() == 0:
         write_run_record(folder, fixed)
     return fixed
+
+
+def build_stepper(config: RunConfig, engine: Any, device: torch.device, layout: SlotLayout) -> Stepper:
+    return Stepper(
+        engine,
+        config.objectives,
+        device=device,
+        layout=layout,
+        max_grad_norm=config.engine.max_grad_norm,
+        num_sources=len(config.shards.sources),
+    )
 
 
 def slot_layout(config: RunConfig, world_size: int) -> SlotLayout:

@@ -1,6 +1,9 @@
 """What a run measures: real collectives counted, and lines of metrics that do not depend on the split."""
 
+import gzip
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tiny_run import make_data, train, write_config
 from trichord.engine.build import start_process_group
 from trichord.engine.step import COUNT_NAMES
 from trichord.engine.wire import wire_meter
-from trichord.tracking.metrics import read_metrics
+from trichord.tracking.metrics import read_events, read_metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -72,24 +75,32 @@ def watched_train(config: str, *overrides: str) -> tuple[int, list[list[tuple[st
     return train(config, *overrides), steps[1:]
 
 
-OVERRIDES = ("run.max_steps=6", "tracking.log_every_steps=3", "engine.zero_stage=1", "engine.heartbeat_timeout_s=30")
+OVERRIDES = (
+    *("run.max_steps=6", "tracking.log_every_steps=3", "engine.zero_stage=1", "engine.heartbeat_timeout_s=30"),
+    *("tracking.tensorboard=true", "tracking.profile={start_step: 2, steps: 2}"),
+)
+
+
+class Runs(NamedTuple):
+    found: dict
+    folder: Path
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """The same six steps on one and on two ranks: (lines of metrics, all-reduces of rank 0)."""
+    """The same six steps on one and on two ranks: (lines of metrics, all-reduces of rank 0), and the folder of two."""
     found = {}
     for n in (1, 2):
         root = tmp_path_factory.mktemp(f"on{n}")
         results = run_ranks(n, watched_train, str(write_config(data, root)), *OVERRIDES)
         assert [code for code, _ in results] == [0] * n
         found[n] = read_metrics(root / "tiny"), results[0][1]
-    return found
+    return Runs(found, root / "tiny")
 
 
 def test_between_lines_only_the_counts_are_reduced(runs):
     """ZeRO-1 reduces gradients in fp32; in float64 there are the counts of the step, and at a line its figures."""
-    for lines, steps in runs.values():
+    for lines, steps in runs.found.values():
         assert len(lines) == 2
         assert len(steps) == 6
         for number, calls in enumerate(steps, start=1):
@@ -100,7 +111,7 @@ def test_between_lines_only_the_counts_are_reduced(runs):
 
 def test_figures_do_not_depend_on_the_split(runs):
     """Losses by source and kind, and the work needed: one rank with 4 micro-steps, or two with 2."""
-    for one, two in zip(runs[1][0], runs[2][0], strict=True):
+    for one, two in zip(runs.found[1][0], runs.found[2][0], strict=True):
         names = {name for name in one if name.startswith("train/loss")}
         assert {f"train/loss/next_token/source/{source}" for source in ("it", "at", "iat")} <= names
         assert {f"train/loss/next_token/modality/{kind}" for kind in ("image", "audio", "image_audio")} <= names
@@ -113,14 +124,14 @@ def test_figures_do_not_depend_on_the_split(runs):
 
 def test_times_and_bytes_are_there(runs):
     parts = ("data/wait_ms", *(f"speed/{part}_ms" for part in ("features", "forward", "backward", "update", "save")))
-    for lines, _ in runs.values():
+    for lines, _ in runs.found.values():
         for line in lines:
             assert all(line[part] >= 0 for part in parts)
             assert min(line["speed/forward_ms"], line["speed/backward_ms"], line["speed/update_ms"]) > 0
             assert sum(line[part] for part in parts) <= 1.02 * line["speed/step_ms"]
             assert line["memory/host_gib"] > 0
-    assert all(line["comm/wire_mib"] == 0 for line in runs[1][0]), "one rank sends nothing"
-    first, second = runs[2][0]
+    assert all(line["comm/wire_mib"] == 0 for line in runs.found[1][0]), "one rank sends nothing"
+    first, second = runs.found[2][0]
     kinds = {name for name in second if name.startswith("comm/wire_mib/")}
     assert sum(second[kind] for kind in kinds) == pytest.approx(second["comm/wire_mib"])
     assert second["comm/wire_mib/all_gather"] > 0
@@ -128,9 +139,31 @@ def test_times_and_bytes_are_there(runs):
 
 
 def test_the_target_mix_stands_beside_the_drawn_one(runs):
-    for line in runs[2][0]:
+    for line in runs.found[2][0]:
         assert [line[f"data/mix_target_frac/{name}"] for name in ("it", "at", "iat")] == [pytest.approx(1 / 3)] * 3
         assert sum(line[f"data/mix_frac/{name}"] for name in ("it", "at", "iat")) == pytest.approx(1)
+
+
+def test_a_window_of_steps_leaves_a_trace_of_every_rank(runs):
+    traces = sorted((runs.folder / "profile").iterdir())
+    assert [path.name for path in traces] == [f"step-000002-attempt-1-rank-0000{rank}.json.gz" for rank in (0, 1)]
+    for path in traces:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        assert {e["name"] for e in events if e.get("name", "").startswith("step ")} == {"step 3", "step 4"}
+        assert any("all_reduce" in e.get("name", "") for e in events)
+    (event,) = [event for event in read_events(runs.folder) if event["kind"] == "profile"]
+    assert event["step"] == 4
+
+
+def test_tensorboard_has_what_the_record_has(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(runs.folder / "tensorboard"))
+    reader.Reload()
+    for line in runs.found[2][0]:
+        for name in set(line) - {"step", "time"}:
+            values = {event.step: event.value for event in reader.Scalars(name)}
+            assert values[line["step"]] == pytest.approx(line[name], rel=1e-6), name
 
 
 def test_a_peak_of_ones_own_gives_utilisation(data, tmp_path):

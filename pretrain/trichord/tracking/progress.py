@@ -49,7 +49,7 @@ class Progress:
             self._bar.update(self._task, completed=step)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the figures of a log step: loss, tokens per second, time left."""
+        """Show the figures of a log step: loss, tokens per second, MFU, time left."""
         facts = describe(metrics)
         if self._bar:
             self._bar.update(self._task, completed=step, facts=facts)
@@ -70,12 +70,17 @@ class Progress:
 
 
 def describe(metrics: Mapping[str, float]) -> str:
-    """`loss 1.234  12.3k tokens/s` from the metrics of a log step; what is not there is left out."""
+    """`loss 1.234  12.3k tokens/s  MFU 41.2 %` of a log step, FLOP/s where no MFU is known; what is not there is left
+    out."""
     parts = []
     if "train/loss" in metrics:
         parts.append(f"loss {metrics['train/loss']:.4g}")
     if "speed/tokens_per_s" in metrics:
         parts.append(f"{quantity(metrics['speed/tokens_per_s'])} tokens/s")
+    if "speed/mfu_frac" in metrics:
+        parts.append(f"MFU {100 * metrics['speed/mfu_frac']:.1f} %")
+    elif "speed/flops_per_s" in metrics:
+        parts.append(f"{quantity(metrics['speed/flops_per_s'])}FLOP/s")
     return "  ".join(parts)
 
 

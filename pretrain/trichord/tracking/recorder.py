@@ -14,6 +14,7 @@ from trichord.core.log import get_logger
 from trichord.tracking.config import TrackingConfig
 from trichord.tracking.metrics import EventsWriter, MetricsWriter
 from trichord.tracking.progress import Progress
+from trichord.tracking.tensorboard import TensorBoardMirror
 from trichord.tracking.wandb import WandbMirror
 
 log = get_logger(__name__)
@@ -61,6 +62,7 @@ class Recorder:
         self._metrics = MetricsWriter(folder, resume_step=resume_step)
         self._events = EventsWriter(folder, attempt=attempt)
         self._progress = Progress(total_steps, first_step=resume_step or 0, label=run_name)
+        self._tensorboard = TensorBoardMirror(folder, resume_step=resume_step) if config.tensorboard else None
         self._wandb = WandbMirror(
             config.wandb,
             folder,
@@ -79,6 +81,8 @@ class Recorder:
         with self._readable_failure():
             self._metrics.log(step, values)
         self._wandb.log(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.log(step, values)
         self._progress.update(step, values)
 
     def advance(self, step: int) -> None:
@@ -108,6 +112,7 @@ class Recorder:
             return
         for name, close in (
             ("progress", self._progress.close),
+            ("tensorboard", self._tensorboard.close if self._tensorboard is not None else lambda: None),
             ("wandb", lambda: self._wandb.finish(exit_code)),
             ("metrics", self._metrics.close),
             ("events", self._events.close),

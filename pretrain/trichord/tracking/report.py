@@ -45,16 +45,22 @@ class _Group:
 
 _GROUPS = (
     _Group("Loss", r"train/loss"),
+    _Group("Next-token loss per source", r"train/loss/next_token/source/.+"),
+    _Group("Next-token loss by what samples hold", r"train/loss/next_token/modality/.+"),
     _Group("Loss per objective", r"train/loss/.+"),
     _Group("Evaluation", r"eval/.+"),
     _Group("Throughput", r"speed/tokens_per_s", "tokens/s"),
     _Group("Samples per second", r"speed/samples_per_s", "samples/s"),
-    _Group("Model FLOPs utilisation", r".*mfu_frac", "share of peak"),
+    _Group("FLOPs utilisation", r".*[mh]fu_frac", "share of peak"),
+    _Group("Model FLOPs", r"speed/flops_per_s", "FLOP/s"),
+    _Group("Sent by a rank per step", r"comm/wire_mib(/.+)?", "MiB", from_zero=True),
     _Group("Memory", r"memory/.+_gib", "GiB", from_zero=True),
     _Group("Gradient norm", r"train/grad_norm", log=True),
-    _Group("Learning rate", r"train/lr"),
+    _Group("Learning rate", r"train/lr(/.+)?"),
     _Group("Useful tokens", r"data/useful_tokens_frac", "share of all positions"),
     _Group("Data mix", r"data/mix_frac/.+", "share of samples", from_zero=True),
+    _Group("Target mix", r"data/mix_target_frac/.+", "share of samples", from_zero=True),
+    _Group("Imbalance over ranks", r"data/imbalance.*", "largest / mean"),
     _Group("Bad samples", r"data/bad_samples", "samples so far"),
 )
 _MAX_EVENTS = 200

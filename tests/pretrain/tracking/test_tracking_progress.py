@@ -94,3 +94,9 @@ def test_duration(seconds, text):
 def test_missing_figures_are_left_out():
     assert describe({"train/grad_norm": 1.0}) == ""
     assert describe({"train/loss": float("nan")}) == "loss nan"
+
+
+def test_the_best_figure_of_speed_is_shown():
+    speed = {"train/loss": 2.0, "speed/tokens_per_s": 5e6, "speed/flops_per_s": 3.2e14}
+    assert describe(speed) == "loss 2  5M tokens/s  320TFLOP/s"
+    assert describe({**speed, "speed/mfu_frac": 0.4123}) == "loss 2  5M tokens/s  MFU 41.2 %"
