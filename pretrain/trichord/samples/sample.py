@@ -58,11 +58,10 @@ class DecodedSample:
     pixels: np.ndarray | None
     waveform: np.ndarray | None
     text: str | None
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class AugmentKey:
+class AugmentKey(NamedTuple):
     """What training randomness of one sample is keyed by; without one, nothing is augmented."""
 
     seed: int
