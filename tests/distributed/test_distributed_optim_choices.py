@@ -13,6 +13,7 @@ STEPS = 6
 ROOMS = {"rooms": {"vision": {"lr_ratio": 0.5, "layer_decay": 0.5}, "heads": {"weight_decay": 0.0}}}
 CHOICES = {
     "bf16 moments": {"optimizer_states": "bf16", **ROOMS},
+    "muon": {"optimizer": "muon", "muon": {"lr": 0.02}, **ROOMS},
 }
 
 
@@ -36,7 +37,7 @@ def test_each_is_the_same_on_any_split():
     assert {case: value for case, value in differences.items() if not value <= LIMIT} == {}
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("bf16 moments", MOMENTS)])
+@pytest.mark.parametrize(("name", "kinds"), [("bf16 moments", MOMENTS), ("muon", MOMENTS | {"momentum_buffer"})])
 def test_each_goes_on_from_a_checkpoint(tmp_path, name, kinds):
     """Bit for bit on the same split, alike on another."""
     round_trip(tmp_path, (2, 2), [(1, 3)], CHOICES[name], kinds)

@@ -27,10 +27,12 @@ def test_a_machine_that_cannot_build_it_is_told_what_to_do():
         run_ranks(1, break_the_build)
 
 
-def test_torch_s_adam_in_host_memory_does_as_on_the_device():
-    cases = [({**plain(2), "offload_optimizer": "torch", "offload": offload}, 4) for offload in ("none", "optimizer")]
-    on_device, in_host = run_ranks(2, tiny.train_cases, cases, 4)[0]
-    assert on_device == in_host
+def test_others_in_host_memory_do_as_on_the_device():
+    others = ({"offload_optimizer": "torch"}, {"optimizer": "muon"})
+    cases = [({**plain(2), **other, "offload": offload}, 4) for other in others for offload in ("none", "optimizer")]
+    adamw, adamw_in_host, muon, muon_in_host = run_ranks(2, tiny.train_cases, cases, 4)[0]
+    assert adamw == adamw_in_host != muon
+    assert muon == muon_in_host
 
 
 def plain(stage: int) -> dict:

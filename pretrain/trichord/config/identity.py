@@ -45,6 +45,7 @@ MAY_CHANGE_ON_RESUME = (
     "layers.kernels",
     "engine.zero_stage",
     "engine.lr",
+    "engine.muon.lr",
     "engine.rooms.*.lr_ratio",
     "engine.rooms.*.layer_decay",
     "engine.rooms.*.schedule",

@@ -15,8 +15,10 @@ from trichord.core.dist import RankFacts, rank_facts
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
+from trichord.engine.matrices import matrix_rounds
+from trichord.engine.muon import Muon
 from trichord.engine.optimizers import build_optimizer
-from trichord.engine.param_groups import build_param_groups, rate_of
+from trichord.engine.param_groups import build_param_groups, fused_matrices, rate_of
 from trichord.engine.partition import hand_over
 from trichord.layers.initial import OwnSlices
 from trichord.engine.wire import wire_meter
@@ -120,6 +122,9 @@ def build_engine(
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
     built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)
+    if isinstance(optimizer, Muon):
+        parts = {id(p): fused_matrices(name, p) for name, p in model.named_parameters()}
+        optimizer.place(matrix_rounds(built, lambda parameter: parts[id(parameter)]))
     built.weight_average = WeightAverage(built, engine.ema_decay) if engine.ema_decay is not None else None
     return built
 

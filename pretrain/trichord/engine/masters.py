@@ -81,3 +81,30 @@ def partition(parameter: nn.Parameter, padded: int) -> tuple[int, int]:
     """Start and unpadded length of this rank's ZeRO-3 partition; the last ranks may hold padding only."""
     start = min(dist.get_rank() * padded, parameter.ds_numel)
     return start, min(padded, parameter.ds_numel - start)
+
+
+def owners(engine: Any) -> Iterator[tuple[int, nn.Parameter, list[tuple[int, int, int]]]]:
+    """(number of the master, parameter, its pieces) of every parameter that learns. Pieces are (rank, start, numel) of
+    the flattened parameter, none of them empty; at stage 0 this rank's own, as every rank holds all."""
+    stage, optimizer, world_size = engine.zero_optimization_stage(), engine.optimizer, dist.get_world_size()
+    for number, _, parameters in learned_parameters(engine):
+        if stage == 0:
+            yield from ((number + i, p, [(dist.get_rank(), 0, p.numel())]) for i, p in enumerate(parameters))
+        elif stage == 3:
+            for parameter in parameters:
+                yield number, parameter, _cut(0, parameter.ds_numel, parameter.ds_tensor.ds_numel, world_size)
+        else:
+            offsets = zip(optimizer.round_robin_bit16_groups[number], optimizer.round_robin_bit16_offsets[number])
+            for parameter, offset in offsets:
+                yield number, parameter, _cut(offset, parameter.numel(), optimizer.partition_size[number], world_size)
+
+
+def _cut(offset: int, numel: int, partition_size: int, world_size: int) -> list[tuple[int, int, int]]:
+    """Pieces of a parameter whose elements begin at `offset` of ranges of `partition_size`, one for each rank."""
+    pieces = []
+    for rank in range(world_size):
+        low = max(offset, rank * partition_size)
+        high = min(offset + numel, (rank + 1) * partition_size)
+        if low < high:
+            pieces.append((rank, low - offset, high - low))
+    return pieces

@@ -12,6 +12,7 @@ from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.half_moments import HalfMomentsAdam
+from trichord.engine.muon import Muon
 
 log = get_logger(__name__)
 
@@ -35,6 +36,11 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
         return torch.optim.AdamW(groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, fused=fused)
     if engine.optimizer == "adam":
         return torch.optim.Adam(groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, fused=fused)
+    if engine.optimizer == "muon":
+        dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
+        adamw = {"lr": engine.lr, "betas": engine.betas, "eps": engine.eps, "fused": fused}
+        muon = {"momentum": engine.muon.momentum, "scale": engine.muon.scale}
+        return Muon(groups, **muon, dtype=dtype, device=device, adamw=adamw)
     if engine.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=engine.lr, momentum=engine.momentum)
     return torch.optim.RMSprop(groups, lr=engine.lr, alpha=engine.betas[1], eps=engine.eps, momentum=engine.momentum)
@@ -44,14 +50,16 @@ def empty_state(optimizer: torch.optim.Optimizer, master: Tensor, kinds: Iterabl
     """The state of a master after `step` updates, with zeros for each kind: tensors of its shape, and the counter."""
     dtype = torch.bfloat16 if isinstance(optimizer, HalfMomentsAdam) else master.dtype
     state = {kind: torch.zeros_like(master.data, dtype=dtype) for kind in kinds}
-    return {**state, **_counter(optimizer, master, step)} if state else {}
+    return {**state, **_counter(optimizer, master, state, step)} if state else {}
 
 
-def _counter(optimizer: torch.optim.Optimizer, master: Tensor, step: int) -> dict[str, Tensor | int]:
-    """What counts the updates of a master; empty for SGD, which counts none."""
+def _counter(
+    optimizer: torch.optim.Optimizer, master: Tensor, kinds: Iterable[str], step: int
+) -> dict[str, Tensor | int]:
+    """What counts the updates of a master; empty for SGD and Muon's matrices, which count none."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    if isinstance(optimizer, torch.optim.SGD):
+    if isinstance(optimizer, torch.optim.SGD) or (isinstance(optimizer, Muon) and set(kinds) == {"momentum_buffer"}):
         return {}
     if isinstance(optimizer, DeepSpeedCPUAdam):
         return {"step": step}

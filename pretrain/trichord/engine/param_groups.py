@@ -15,6 +15,7 @@ from trichord.fusion.model import param_room
 
 # How timm and transformers number the layers of a tower: `blocks.3.`, `encoder.layers.3.`, `layer.3.`, `stages.3.`
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|stages)\.(\d+)\.")
+_FUSED = re.compile(r"\.(?:qkv|in_proj|c_attn)(?:\.|_)weight$")
 _EMBEDDING = re.compile(r"embed|cls_token|pos_|(?:^|\.)(?:stem|conv1|conv2)\.")
 
 
@@ -23,11 +24,12 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for `torch.optim`, one per distinct rate; matrices (2 and more axes) are decayed, vectors are not.
 
-    Each has, beside torch's keys, `name`, `lr_ratio`, `schedule` and `start_step`, which `rate_of` reads. Must be
-    called before the engine partitions the parameters: ZeRO-3 leaves them with empty shapes.
+    Each has, beside torch's keys, `name`, `muon` (whether it holds matrices for Muon), and `base_lr`, `lr_ratio`,
+    `schedule` and `start_step`, which `rate_of` reads. Must be called before the engine partitions the parameters:
+    ZeRO-3 leaves them with empty shapes.
 
     Raises:
-        ConfigError: a room that is to learn at its own rate is not in the model, or is frozen.
+        ConfigError: a room that is to learn at its own rate is not in the model, or is frozen; Muon has no matrix.
         ValueError: the model has no trainable parameter.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -44,10 +46,27 @@ def build_param_groups(
         decay = engine.weight_decay if rates.weight_decay is None else rates.weight_decay
         decay = decay if parameter.dim() >= 2 else 0.0
         schedule = rates.schedule or engine.schedule
-        key = (parameter.dim() >= 2, ratio, decay, schedule, rates.start_step)
+        muon = engine.optimizer == "muon" and fused_matrices(name, parameter) > 0
+        kind = "muon" if muon else "decay" if parameter.dim() >= 2 else "no_decay"
+        key = (kind, ratio, decay, schedule, rates.start_step)
         group = groups.setdefault(key, _new_group(engine, *key))
         group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=lambda key: (not key[0], -key[1], *key[2:]))]
+    order = ("muon", "decay", "no_decay")
+    if engine.optimizer == "muon" and all(key[0] != "muon" for key in groups):
+        raise ConfigError(
+            "engine.optimizer muon: no matrix of a hidden layer learns, so there is nothing for it; use adamw"
+        )
+    return [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0]), -key[1], *key[2:]))]
+
+
+def fused_matrices(name: str, parameter: nn.Parameter) -> int:
+    """How many matrices of hidden layers a parameter holds: 3 where queries, keys and values are one projection; none
+    where it is no linear map in a numbered layer or a connector: embeddings, heads, vectors, convolutions."""
+    hidden = _LAYER.search(name) or name.startswith("connectors.")
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if not hidden or len(shape) != 2 or _EMBEDDING.search(name) or not name.endswith("weight"):
+        return 0
+    return 3 if _FUSED.search(name) and shape[0] % 3 == 0 else 1
 
 
 def rate_of(group: dict[str, Any], engine: EngineConfig, step: int, total_steps: int) -> float:
@@ -64,7 +83,7 @@ def rate_of(group: dict[str, Any], engine: EngineConfig, step: int, total_steps:
         decay_steps=engine.decay_steps,
     )
     late = min(1.0, (step - start + 1) / engine.warmup_steps) if start and engine.warmup_steps else 1.0
-    return engine.lr * group["lr_ratio"] * multiplier * late
+    return group.get("base_lr", engine.lr) * group["lr_ratio"] * multiplier * late
 
 
 def rates_of_rooms(engine: EngineConfig, step: int, total_steps: int) -> dict[str, float]:
@@ -79,16 +98,19 @@ def rates_of_rooms(engine: EngineConfig, step: int, total_steps: int) -> dict[st
 
 
 def _new_group(
-    engine: EngineConfig, is_matrix: bool, ratio: float, decay: float, schedule: str, start: int
+    engine: EngineConfig, kind: str, ratio: float, decay: float, schedule: str, start: int
 ) -> dict[str, Any]:
-    name = "decay" if is_matrix else "no_decay"
+    name = kind
+    base = engine.muon.lr if kind == "muon" and engine.muon.lr is not None else engine.lr
     if ratio != 1.0 or schedule != engine.schedule or start:
         name += f" x{ratio:g} {schedule}" + (f" from {start}" if start else "")
     return {
         "name": name,
         "params": [],
-        "lr": engine.lr * ratio,
+        "lr": base * ratio,
+        "base_lr": base,
         "weight_decay": decay,
+        "muon": kind == "muon",
         "lr_ratio": ratio,
         "schedule": schedule,
         "start_step": start,

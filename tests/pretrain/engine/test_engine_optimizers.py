@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trichord.engine import half_moments
 from trichord.engine.config import EngineConfig
 from trichord.engine.half_moments import HalfMomentsAdam
+from trichord.engine.matrices import Matrix
+from trichord.engine.muon import Muon, orthogonalize
 from trichord.engine.optimizers import build_optimizer, empty_state
 
 CPU = torch.device("cpu")
@@ -88,9 +91,11 @@ def test_an_empty_state_is_what_the_optimizer_itself_would_have_made():
         {"optimizer": "adam", "optimizer_states": "bf16"},
         {"optimizer": "rmsprop"},
         {"optimizer": "sgd"},
+        {"optimizer": "muon"},
     ):
         weight = parameter(4, 3)
-        optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.0}], EngineConfig(**engine), CPU)
+        groups = [{"params": [weight], "weight_decay": 0.0, "muon": False}]
+        optimizer = build_optimizer(groups, EngineConfig(**engine), CPU)
         weight.grad = gradient_like(weight, 0)
         optimizer.step()
         made = optimizer.state[weight]
@@ -98,3 +103,53 @@ def test_an_empty_state_is_what_the_optimizer_itself_would_have_made():
         assert ours.keys() == made.keys()
         for kind, value in made.items():
             assert (ours[kind].shape, ours[kind].dtype) == (value.shape, value.dtype), (engine, kind)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 40), (1, 40, 12), (3, 16, 16)])
+def test_orthogonal_matrices_have_singular_values_near_1(shape):
+    rotations = torch.linalg.svd(parameter(*shape).detach(), full_matrices=False)
+    matrices = rotations.U * torch.linspace(0.5, 2.0, min(shape[1:])) @ rotations.Vh
+    values = torch.linalg.svdvals(orthogonalize(matrices))
+    assert 0.65 < values.min() < values.max() < 1.25
+    for part, whole in zip(matrices, orthogonalize(matrices)):
+        assert torch.allclose(orthogonalize(part[None])[0], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_muon_is_torch_s_muon_and_the_rest_is_adamw(alone, scale):
+    matrix, vector = parameter(24, 8), parameter(7, seed=1)
+    its_matrix, its_vector = nn.Parameter(matrix.detach().clone()), nn.Parameter(vector.detach().clone())
+    groups = [
+        {"params": [matrix], "muon": True, "weight_decay": 0.1, "lr": 0.02},
+        {"params": [vector], "muon": False, "weight_decay": 0.0, "lr": 0.01},
+    ]
+    adamw = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "fused": None}
+    ours = Muon(groups, momentum=0.9, scale=scale, dtype=torch.bfloat16, device=CPU, adamw=adamw)
+    ours.place({id(matrix): [(Matrix((1, 24, 8), ((0, 0, 192),), 0, 0),)]})
+    theirs = torch.optim.Muon([its_matrix], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn=scale)
+    rest = torch.optim.AdamW([its_vector], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    start = matrix.detach().clone()
+    for step in range(4):
+        for weight, twin in ((matrix, its_matrix), (vector, its_vector)):
+            weight.grad = gradient_like(weight, step)
+            twin.grad = weight.grad.clone()
+        for optimizer in (ours, theirs, rest):
+            optimizer.step()
+    assert torch.equal(vector, its_vector)
+    moved = (its_matrix - start).norm()
+    assert (matrix - its_matrix).norm() < 0.02 * moved  # both iterate in bf16, and divide by the norm in another order
+    assert ours.state[matrix].keys() == {"momentum_buffer"}
+    assert ours.state[vector].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_muon_and_bf16_moments_do_not_go_together():
+    with pytest.raises(ValueError, match="got optimizer muon"):
+        EngineConfig(optimizer="muon", optimizer_states="bf16")

@@ -7,7 +7,7 @@ from torch import nn
 from trichord.core.errors import ConfigError
 from trichord.core.schedule import lr_multiplier
 from trichord.engine.config import EngineConfig
-from trichord.engine.param_groups import build_param_groups, rate_of
+from trichord.engine.param_groups import build_param_groups, fused_matrices, rate_of
 
 
 class Tower(nn.Module):
@@ -128,3 +128,43 @@ def test_linear_and_cosine_are_as_they_were():
     assert at("cosine", 60) == pytest.approx(0.55)
     assert at("cosine", 35) == pytest.approx(0.1 + 0.9 * 0.8536, abs=1e-4)
     assert at("constant", 1000) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "matrices"),
+    [
+        ("vision.backbone.blocks.3.attn.qkv.weight", (48, 16), 3),
+        ("vision.backbone.blocks.3.attn.in_proj_weight", (48, 16), 3),
+        ("trunk.model.layers.0.self_attn.q_proj.weight", (16, 16), 1),
+        ("connectors.image.fc1.weight", (16, 16), 1),
+        ("trunk.model.embed_tokens.weight", (32, 16), 0),
+        ("trunk.lm_head.weight", (32, 16), 0),
+        ("heads.image.proj.weight", (8, 16), 0),
+        ("vision.backbone.layers.0.attn.relative_position_bias_table", (49, 2), 0),
+        ("vision.backbone.patch_embed.proj.weight", (16, 3, 8, 8), 0),
+        ("vision.backbone.stages.0.blocks.0.conv_dw.weight", (16, 1, 7, 7), 0),
+        ("vision.backbone.blocks.3.norm1.weight", (16,), 0),
+    ],
+)
+def test_which_parameters_are_matrices_of_hidden_layers(name, shape, matrices):
+    assert fused_matrices(name, nn.Parameter(torch.zeros(shape))) == matrices
+
+
+def test_muon_has_groups_of_its_own_and_their_rate():
+    rooms = {"vision": {"lr_ratio": 0.1}}
+    config = config_of(optimizer="muon", muon={"lr": 5.0}, rooms=rooms, schedule="constant", warmup_steps=2)
+    groups = build_param_groups(model := Model(), config, room_of)
+    names = {id(p): name for name, p in model.named_parameters()}
+    of = {names[id(p)]: group for group in groups for p in group["params"]}
+    muon = {name for name, group in of.items() if group["muon"]}
+    assert muon == {"vision.blocks.0.weight", "vision.blocks.1.weight"}
+    assert of["vision.blocks.0.weight"]["weight_decay"] == config.weight_decay
+    rates = {name: rate_of(group, config, 0, 10) for name, group in of.items()}
+    assert rates["vision.blocks.0.weight"] == pytest.approx(0.5 * 5.0 * 0.1)  # half-way through the warm-up
+    assert rates["vision.blocks.0.bias"] == pytest.approx(0.5 * 1.0 * 0.1)
+    assert rates["trunk.weight"] == pytest.approx(0.5)
+
+
+def test_muon_without_a_matrix_is_refused():
+    with pytest.raises(ConfigError, match="no matrix of a hidden layer learns"):
+        build_param_groups(nn.Linear(3, 3), config_of(optimizer="muon"), room_of)
