@@ -103,30 +103,38 @@ def make_row(row: int, step: int) -> RowArrays:
 FORM = RowFormat(ROW_TOKENS, IMAGE_SIZE, Ids.pad_id, Ids.image_id, Ids.audio_id)
 
 
-def micro_batches(step: int, rank: int, world_size: int, micro_rows: int) -> list[PackedBatch]:
+def micro_batches(step: int, rank: int, world_size: int, micro_rows: int, rows: int = ROWS) -> list[PackedBatch]:
     """The rank's rows of global batch `step`: row r goes to rank r % world_size."""
-    own = list(range(rank, ROWS, world_size))
-    count = math.ceil(ROWS / (world_size * micro_rows))
+    own = list(range(rank, rows, world_size))
+    count = math.ceil(rows / (world_size * micro_rows))
     empty = build_row([], [], FORM)
-    rows = [make_row(row, step) for row in own] + [empty] * (count * micro_rows - len(own))
-    return [collate(rows[i : i + micro_rows]) for i in range(0, count * micro_rows, micro_rows)]
+    made = [make_row(row, step) for row in own] + [empty] * (count * micro_rows - len(own))
+    return [collate(made[i : i + micro_rows]) for i in range(0, count * micro_rows, micro_rows)]
 
 
-def make_stepper(engine_config: EngineConfig, micro_rows: int, objectives: ObjectivesConfig = OBJECTIVES, model=None):
+def make_stepper(
+    engine_config: EngineConfig,
+    micro_rows: int,
+    objectives: ObjectivesConfig = OBJECTIVES,
+    model=None,
+    rows: int = ROWS,
+):
     facts, device = start_process_group(engine_config.timeout_s)
-    count = math.ceil(ROWS / (facts.world_size * micro_rows))
+    count = math.ceil(rows / (facts.world_size * micro_rows))
     engine = build_engine(model or build_tiny(objectives), engine_config, micro_rows=micro_rows, grad_accum_steps=count)
     layout = SlotLayout(micro_rows * MAX_SAMPLES, count)
     stepper = Stepper(engine, objectives, device=device, layout=layout, max_grad_norm=engine_config.max_grad_norm)
     return facts, engine, stepper
 
 
-def train_steps(facts, engine, stepper: Stepper, engine_config: EngineConfig, micro_rows: int, steps: range):
+def train_steps(
+    facts, engine, stepper: Stepper, engine_config: EngineConfig, micro_rows: int, steps: range, rows: int = ROWS
+):
     """Global losses and gradient norms of the steps."""
     history = []
     for step in steps:
         set_rates(engine, engine_config, 0, 1)
-        batches = micro_batches(step, facts.rank, facts.world_size, micro_rows)
+        batches = micro_batches(step, facts.rank, facts.world_size, micro_rows, rows)
         result = stepper.run(batches, {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0})
         names = sorted(result.losses)
         losses = torch.stack([result.losses[name] for name in names])
@@ -135,12 +143,12 @@ def train_steps(facts, engine, stepper: Stepper, engine_config: EngineConfig, mi
     return history
 
 
-def train_cases(cases: list[tuple[dict, int]], steps: int):
+def train_cases(cases: list[tuple[dict, int]], steps: int, rows: int = ROWS):
     """Entry point of a rank: one history per (engine options, micro_rows), in one process as starting costs most."""
     histories = []
     for engine_options, micro_rows in cases:
         config = EngineConfig(**engine_options)
-        facts, engine, stepper = make_stepper(config, micro_rows)
-        histories.append(train_steps(facts, engine, stepper, config, micro_rows, range(steps)))
+        facts, engine, stepper = make_stepper(config, micro_rows, rows=rows)
+        histories.append(train_steps(facts, engine, stepper, config, micro_rows, range(steps), rows))
         engine.destroy()
     return histories
