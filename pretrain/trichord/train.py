@@ -143,7 +143,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             stepper.clock.enter("save")
-            saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state)
+            saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state, recorder.newest)
             recording.checkpoint(progress.step)
         if (saved := saver.poll()) is not None:
             recorder.event("checkpoint", saved)

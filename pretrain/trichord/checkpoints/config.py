@@ -1,8 +1,19 @@
-"""Config of the checkpoints room: when to save and what to keep."""
+"""Config of the checkpoints room: when to save, what to keep, and where else to keep it."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from trichord.core.leaf import Leaf
+
+
+class KeepBest(Leaf):
+    """Keep the checkpoints with the best values of one metric, however old."""
+
+    metric: str = Field(min_length=1)
+    """Name as in metrics.jsonl, such as `train/loss`. A checkpoint has the newest value at the time of its save."""
+    mode: Literal["min", "max"] = "min"
+    count: int = Field(default=1, ge=1)
 
 
 class CheckpointsConfig(Leaf):
@@ -10,5 +21,8 @@ class CheckpointsConfig(Leaf):
 
     save_every_steps: int = Field(default=1000, ge=1)
     keep_last: int = Field(default=3, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints whose step is a multiple of this are never removed."""
+    keep_best: KeepBest | None = None
     commit_timeout_s: float = Field(default=600.0, gt=0)
     """A save whose ranks are not all done after this long is abandoned; the previous checkpoint stays."""

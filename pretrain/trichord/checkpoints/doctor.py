@@ -29,6 +29,7 @@ from trichord.checkpoints.manifest import (
     read_json,
     step_folders,
 )
+from trichord.checkpoints.retention import why_kept
 from trichord.checkpoints.slices import slice_key
 from trichord.checkpoints.state import WEIGHT
 from trichord.core.errors import CheckpointError, TrichordError
@@ -81,6 +82,7 @@ def examine(
         _complete(folder, manifest),
         _hashes(folder, manifest, on_progress),
         _no_code(folder),
+        *_kept(folder),
         _train_state(folder, manifest.content if manifest else {}),
         _loader_state(folder, manifest.content if manifest else {}),
     ]
@@ -157,6 +159,15 @@ def _hashes(folder: Path, manifest: Manifest | None, on_progress: Callable[[], N
         return Finding("hashes", "fail", f"bytes have changed since the save: {_some(wrong)}", _earlier(folder))
     said = " and ".join(sorted(kinds))
     return Finding("hashes", "pass", f"{len(manifest.files)} files have the {said} hashes of the manifest")
+
+
+def _kept(folder: Path) -> Iterator[Finding]:
+    """Why it has not been removed, or that it will be."""
+    why = why_kept(folder)
+    if why:
+        yield Finding("kept", "pass", "; ".join(why))
+    elif why is not None:
+        yield Finding("kept", "pass", "no reason any more: the next save of the run removes it")
 
 
 def _no_code(folder: Path) -> Finding:

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from trichord.batches.loader import LoaderState
 from trichord.checkpoints.commit import done_file, publish, read_done
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.hashes import file_facts
-from trichord.checkpoints.manifest import TRAIN_STATE_FILE, checkpoint_name, step_folders
+from trichord.checkpoints.manifest import TRAIN_STATE_FILE, checkpoint_name
+from trichord.checkpoints.retention import Retention
 from trichord.checkpoints.slices import rank_file
 from trichord.checkpoints.snapshot import HostImage, Snapshot
 from trichord.checkpoints.state import group_hyperparameters, named_parameters, optimizer_step, slices_to_save
-from trichord.checkpoints.write import write_hashed
+from trichord.checkpoints.write import give_way, write_hashed
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
 from trichord.engine.masters import torch_optimizer
@@ -76,6 +77,7 @@ class CheckpointSaver:
         self._running: _Save | None = None
         self._last_failed = False
         self._image = HostImage()
+        self._retention = Retention(self.folder, config)
         self._held: weakref.WeakSet[Any] = weakref.WeakSet()
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,17 +85,25 @@ class CheckpointSaver:
                 shutil.rmtree(left_over, ignore_errors=True)
         dist.barrier()  # before any rank can have begun a save that this would remove
 
-    def begin(self, engine: Any, step: int, train_state: dict[str, Any], loader_state: LoaderState) -> None:
+    def begin(
+        self,
+        engine: Any,
+        step: int,
+        train_state: dict[str, Any],
+        loader_state: LoaderState,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Save the state after `step` steps in the background; a save still in flight is finished first.
 
         The state is copied while the next step computes its gradients; the optimizer waits for the copy before it
-        changes anything. `train_state` is rank 0's; `loader_state` holds this rank's lanes.
+        changes anything. `train_state` is rank 0's; `loader_state` holds this rank's lanes; `metrics`, also rank 0's,
+        are the newest values, by which `keep_best` judges.
         """
         self._settle()
         self._hold(torch_optimizer(engine))
         partial = self.folder / f"{checkpoint_name(step)}.partial-{self.attempt}"
         facts = {**train_state, "step": step, "optimizer_step": optimizer_step(engine)}
-        facts["groups"] = group_hyperparameters(engine)
+        facts |= {"groups": group_hyperparameters(engine), "metrics": dict(metrics or {})}
         snapshot = self._image.take(slices := slices_to_save(engine), at_once=_changed_by_forward(engine, slices))
         save = _Save(step, partial, time.monotonic(), snapshot, facts, loader_state)
         save.thread = threading.Thread(target=self._work, args=(save,), name="checkpoint-writer", daemon=True)
@@ -104,6 +114,11 @@ class CheckpointSaver:
         """Wait until the state may be changed again. The optimizer calls it by itself, before each update."""
         if self._running is not None:
             self._running.snapshot.wait_copied()
+
+    @property
+    def image_bytes(self) -> memoryview:
+        """What this rank wrote last, or is writing: the bytes of its file."""
+        return self._image.bytes
 
     def poll(self) -> int | None:
         """What became of the save in flight. Never waits.
@@ -169,6 +184,7 @@ class CheckpointSaver:
         file = save.folder / rank_file(self.rank)
         try:
             save.snapshot.copy()
+            give_way()  # from here on nobody waits for this thread, and those that it starts
             save.folder.mkdir(parents=True, exist_ok=True)
             files = {file.name: write_hashed(file, save.snapshot.image)}
             if self.rank == 0:
@@ -201,7 +217,10 @@ class CheckpointSaver:
         except OSError as error:  # a hint for humans: the checkpoint itself is there
             log.warning("cannot write %s: %s", self.folder / LATEST_FILE, error)
         log.info("checkpoint %s saved in %.1f s", name, time.monotonic() - save.started)
-        self._remove_old()
+        try:
+            self._retention.apply(save.step)
+        except OSError as error:
+            log.warning("old checkpoints in %s cannot be removed: %s", self.folder, error)
 
     def _wait_done(self, save: _Save) -> tuple[str | None, dict[int, dict[str, Any]]]:
         """What is wrong, or None, and what the done files of all ranks say."""
@@ -220,14 +239,6 @@ class CheckpointSaver:
         if missing:
             problems.append(f"ranks {missing} were not done after {self.config.commit_timeout_s:.0f} s")
         return "; ".join(problems) or None, done
-
-    def _remove_old(self) -> None:
-        kept = list(step_folders(self.folder).values())
-        for path in kept[: -self.config.keep_last]:
-            # The name goes first: a half-removed folder must not look like a checkpoint.
-            doomed = path.with_name(f"{path.name}.partial-removed")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _changed_by_forward(engine: Any, pieces: list[Any]) -> frozenset[str]:

@@ -71,12 +71,16 @@ class HostImage:
         for key in now:
             self._views[key].copy_(live[key].detach())
         later = [(self._views[key], tensor) for key, tensor in live.items() if key not in now]
-        snapshot = Snapshot(self._bytes.numpy().data, self._index(pieces))
+        snapshot = Snapshot(self.bytes, self._index(pieces))
         if any(tensor.is_cuda for _, tensor in later):
             self._copy_beside(snapshot, later)
         else:
             snapshot.pending = later
         return snapshot
+
+    @property
+    def bytes(self) -> memoryview:
+        return self._bytes.numpy().data
 
     def _copy_beside(self, snapshot: Snapshot, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """From a GPU: copies on a stream of their own, which the host does not wait for."""

@@ -79,6 +79,33 @@ def bench_data(
     return EXIT_DONE
 
 
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    state_gb: Annotated[float, typer.Option(min=0.3, help="Weights and Adam's moments in fp32, 1e9 bytes.")] = 1.05,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternated rounds; figures are their medians.")] = 7,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk that is meant; default: where temporary files go.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> int:
+    """What a save costs a training loop against a blocking one, and how fast it writes against the plain disk."""
+    from trichord.benchmarks.checkpoint import bench_checkpoint as run_bench
+    from trichord.core.log import configure_logging
+
+    configure_logging()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        result = run_bench(Path(temporary), state_gb, rounds, lambda line: typer.echo(line, err=True))
+    state = result["state"]
+    print(f"state {state['bytes'] / 1e9:.2f} GB, {state['parameters']:,} parameters, {state['threads']} threads")
+    print_rows(result["rows"])
+    print(f"the first save, which allocates its memory: stall {result['first_save_s']:.3f} s\n")
+    print_rows([_target_row(target) for target in result["targets"]])
+    write_json(json_file, result)
+    return EXIT_DONE
+
+
 @bench_app.command("packing")
 def bench_packing(
     samples: Annotated[int, typer.Option(min=100, help="Samples to make and plan.")] = 10_000,

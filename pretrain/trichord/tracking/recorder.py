@@ -55,6 +55,7 @@ class Recorder:
         wandb_run_id: str | None,
     ):
         self.active = active
+        self.newest: dict[str, float] = {}
         self._folder = folder
         self.wandb_run_id = wandb_run_id
         if not active:
@@ -78,6 +79,7 @@ class Recorder:
         """One line of metrics at `step`, to the JSONL first, then to the mirror and the progress display."""
         if not self.active:
             return
+        self.newest.update(values)
         with self._readable_failure():
             self._metrics.log(step, values)
         self._wandb.log(step, values)
