@@ -47,7 +47,8 @@ class Verdict:
         self._lock: IO[str] | None = None
         self._begun = False  # until the folder is known to be ours, its status.json may be another run's
         self._reserve: Path | None = None
-        self._said = threading.Lock()  # the watcher's thread and the main thread may both come to an end
+        self._said: Fault | None = None
+        self._writing = threading.Lock()  # the watcher's thread and the main thread may both come to an end
 
     def hold(self, folder: Path) -> None:
         """Rank 0: keep the run folder to this process; the system lets go of it when the process ends, however it ends.
@@ -104,7 +105,7 @@ class Verdict:
     def failed(self, error: BaseException) -> BaseException:
         """An exception on this rank ends the run. Returns what to raise: one message where a user can act on it."""
         if self.watch is not None and is_broken_collective(error):
-            fault = self.watch.cause_of(error)
+            fault = self._record(self.watch.cause_of(error), None)
             told: BaseException = FaultError(fault.reason, fault.code)
         else:
             told = readable(error, self.config.engine, self.config.batches.micro_rows)
@@ -113,8 +114,7 @@ class Verdict:
             fault = Fault("error", reason, code, self.rank)
             if self.watch is not None:
                 self.watch.tell(fault)
-        trace = None if isinstance(told, TrichordError) else told
-        self._record(fault, trace)
+            self._record(fault, None if isinstance(told, TrichordError) else told)
         if self.watch is not None:
             self.watch.linger()
         return told
@@ -128,13 +128,22 @@ class Verdict:
         log.warning("%s", "\n  ".join([report, *table]))
         self._event("slow", {"reason": report, "ranks": list(table)})
 
-    def _record(self, fault: Fault, trace: BaseException | None) -> None:
-        """Once in a process: the log, this rank's status; for the run, if nobody has done so, its status and event."""
-        if not self._said.acquire(blocking=False):
-            return
-        first = self._begun and self._first(fault)
-        if fault.kind == "lost" and not first:  # the rank that wrote knows more than one whose peers are gone
+    def _record(self, fault: Fault, trace: BaseException | None) -> Fault:
+        """Write what ended this process, once; the other of its two threads waits for that. Returns what was written,
+        which is what another rank says, where this one only lost its peers."""
+        with self._writing:
+            if self._said is None:
+                self._said = self._write(fault, trace)
+            return self._said
+
+    def _write(self, fault: Fault, trace: BaseException | None) -> Fault:
+        """The log and this rank's status; for the run, if nobody has done so, its status and event."""
+        first = self._begun and self._first()
+        if fault.kind == "lost" and self._begun and not first:
             fault = self._written() or fault
+        if first:
+            said = fault.to_json() + "\n"
+            self._try("the fault", lambda: write_atomically(self._fault_file, said))
         whose = f"rank {fault.rank}: " if fault.kind == "error" and fault.rank not in (None, self.rank) else ""
         reason = whose + fault.reason
         # On stderr the process's own end says it; a watcher's has no other words.
@@ -142,15 +151,16 @@ class Verdict:
         log.error("leaving without saving: %s", "\n  ".join([reason, *fault.table]), exc_info=trace, extra=extra)
         self._rank(fault.code, reason)
         if not first:
-            return
+            return fault
         self._run("failed", fault.code, reason)
         facts = {"rank": fault.rank, "stuck": list(fault.stuck), "ranks": list(fault.table)}
         known = {name: value for name, value in facts.items() if value not in (None, [])}
         self._event(
             "fault", {"fault": fault.kind, "reason": reason, "code": fault.code, "noticed_by": self.rank, **known}
         )
+        return fault
 
-    def _first(self, fault: Fault) -> bool:
+    def _first(self) -> bool:
         """Whether no other rank has written of the end of this attempt. Where nothing can be written, rank 0 tries."""
         self._free_reserve()
         try:
@@ -160,7 +170,6 @@ class Verdict:
         except OSError as error:
             log.error("cannot write %s: %s", self._fault_file, error)
             return self.rank == 0
-        self._try("the fault", lambda: write_atomically(self._fault_file, fault.to_json() + "\n"))
         return True
 
     def _written(self) -> Fault | None:
@@ -176,7 +185,11 @@ class Verdict:
         return self.folder / "attempts" / str(self.attempt) / FAULT_FILE
 
     def _keep_reserve(self) -> None:
-        """A few blocks of the disk for this rank's last words, should it be full then."""
+        """A few blocks of the disk for this rank's last words, should it be full then. Those of earlier attempts go."""
+        if self.rank == 0:
+            for left in self.folder.glob("attempts/*/.reserve-*"):
+                if left.parent.name != str(self.attempt):
+                    left.unlink(missing_ok=True)
         path = self.folder / "attempts" / str(self.attempt) / f".reserve-{self.rank:05d}"
         with suppress(OSError):
             path.write_bytes(os.urandom(RESERVE_BYTES))  # no zeros: file systems leave those out
