@@ -17,9 +17,13 @@ def label_sums(batch: PackedBatch, losses: Tensor, num_sources: int) -> Tensor:
     losses (K,): of the labels, in the order of `batch.label_index`.
     """
     segments = batch.segment_ids[batch.label_index].long()
-    held = torch.zeros(batch.num_segments, dtype=torch.int64, device=losses.device)
-    held = held.index_fill(0, batch.image_segments, 1) + held.index_fill(0, batch.audio_segments, 2)
-    place = batch.sample_ids[:, 0] * len(KINDS) + held
+    place = batch.sample_ids[:, 0] * len(KINDS)
+    for items, segments_of_items, bit in (
+        (batch.num_images, batch.image_segments, 1),
+        (batch.num_audios, batch.audio_segments, 2),
+    ):
+        if items:  # filled, not added: a sample may hold several
+            place = place + torch.zeros_like(place).index_fill_(0, segments_of_items, bit)
     values = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)], dim=1)
     sums = values.new_zeros(num_sources * len(KINDS), 2)
     return sums.index_add_(0, place[segments], values).view(num_sources, len(KINDS), 2)

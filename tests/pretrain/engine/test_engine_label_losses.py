@@ -1,6 +1,7 @@
 """The next-token loss by source and by what samples hold: the parts are the whole."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,15 @@ def test_names_say_what_had_labels(tmp_path):
         **{f"train/loss/next_token/modality/{name}": 2.5 for name in KINDS},
     }
     MetricsWriter(tmp_path, resume_step=None).log(1, line)  # names of the record's form
+
+
+def test_a_sample_with_several_images_is_one_with_images():
+    batch = batch_of_sources()
+    crowded = replace(batch, image_segments=batch.image_segments[:1].repeat(3), num_images=3)  # all in one sample
+    sums = label_sums(crowded, torch.ones(batch.num_labels), num_sources=3)
+    counts = sums[:, :, 1].sum(0)
+    assert counts[KINDS.index("image")] > 0
+    assert counts.sum() == batch.num_labels
 
 
 def test_no_label_gives_no_losses():
