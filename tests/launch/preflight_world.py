@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -30,6 +32,7 @@ class Ready:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.config = folder / "words.yaml"
         self.config.write_text(CONFIG.replace("ROOT", str(folder)))
         (folder / "data").mkdir(parents=True)
@@ -73,6 +76,13 @@ class Ready:
         files = {name: {"size": len(text), "blake2b": ""} for name, text in contents.items()}
         (folder / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
         return folder
+
+
+def guide_commands() -> list[list[str]]:
+    """The words of each command of docs/guides/preflight.md, in order."""
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "preflight.md"
+    blocks = re.findall(r"^```bash\n(.*?)^```", guide.read_text(), re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("trichord")]
 
 
 def write_shard(path: Path, samples: int = SAMPLES) -> None:

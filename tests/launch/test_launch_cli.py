@@ -108,6 +108,7 @@ def verbs_without_torch():
         (["local", "CONFIG", "--procs", "1", "--dry-run"], "trichord_launch.torchrun"),
         (["slurm", "CONFIG", "--cluster", "CLUSTER"], "trichord_launch.batch"),
         (["slurm", "CONFIG", "--cluster", "CLUSTER", "--submit"], "8"),
+        (["preflight", "CONFIG", "--cluster", "CLUSTER", "--nodes", "2", "--dry-run"], "preflight.allocation"),
         (["status", "RUN"], "job         7 running on n[1-2] for 1:00, 9:00 left"),
         (["logs", "RUN", "-n", "1"], "line 99"),
         (["logs", "RUN", "--job"], "job 7, start 1"),

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from preflight_world import Ready, failed, write_shard
+from test_launch_cli import BLOCK
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def test_a_run_that_is_ready(ready):
     assert "3 opened" in told["contents words"]
     assert "15; the run is about this many epochs: words 2.1 (ESTIMATE" in told["samples"]  # 20 rows of 1.6
     assert not ready.run_folder.exists(), "nothing stays on a login node"
+
+
+def test_all_of_it_runs_without_torch(ready):
+    words = ["preflight", str(ready.config), "--json"]
+    done = subprocess.run([sys.executable, "-c", BLOCK, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert failed(json.loads(done.stdout)["findings"]) == {}
 
 
 def test_the_table_is_for_people(ready):
@@ -76,6 +84,7 @@ def test_a_truncated_shard_is_found(ready, indexed):
     found = failed(findings)["contents words"]
     assert "truncated" in found["detail"]
     assert str(shard) in found["detail"]
+    assert ("has 2600 bytes, its sidecar was made for 10240" in found["detail"]) is indexed
     assert "copy them again" in found["remedy"]
 
 

@@ -124,6 +124,15 @@ def test_a_snapshot_with_a_part_missing_is_not_whole(tmp_path):
     assert missing_files(reference, tmp_path) == []
 
 
+def test_a_tokenizer_that_was_fetched_in_part_is_found(ready):
+    snapshot = ready.folder / "hub" / "models--someone--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    code, findings = ready.preflight(f"batches.tokenizer=someone/model@{COMMIT}", HF_HUB_CACHE=f"{ready.folder}/hub")
+    assert code == 2
+    assert failed(findings)["batches.tokenizer"]["detail"] == f"{snapshot} lacks tokenizer.json"
+    assert "--fetch" in failed(findings)["batches.tokenizer"]["remedy"]
+
+
 def test_the_cache_is_where_the_client_looks(tmp_path):
     assert str(hub_cache({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"})) == "/a"
     assert str(hub_cache({"HF_HOME": "/b"})) == "/b/hub"

@@ -6,13 +6,14 @@ import socket
 from itertools import combinations
 
 import pytest
-from preflight_world import Ready, failed
+from preflight_world import Ready, failed, guide_commands
 from typer.testing import CliRunner
 
 from trichord.benchmarks.links import rounds
 from trichord_launch.cli import app
 from trichord_launch.job import NodeCheck
 from trichord_launch.node_problems import Asked
+from trichord_launch.preflight import slurm_nodes
 from trichord_launch.preflight.node_findings import REMEDIES, links_findings, node_findings
 from trichord_launch.preflight.port import check_port
 
@@ -141,6 +142,59 @@ def test_this_machine_as_a_node(ready):
     (record,) = (ready.run_folder / "preflight").iterdir()
     assert json.loads((record / "report.json").read_text())["links"]["all_reduce"]["right"] is True
     assert {"report.json", "links.json", "links.log", "token", "node_check"} <= set(os.listdir(record))
+
+
+def test_every_command_of_the_guide_that_needs_no_slurm(ready, monkeypatch):
+    """The one that asks nodes is run in tests/slurm; that with --procs as above, but with one rank."""
+    monkeypatch.chdir(ready.folder)
+    ready.config.rename("mine.yaml")
+    (ready.folder / "mycluster.yaml").write_text("name: a\nnodes: 2\ngpus_per_node: 2\nslurm: {partition: gpu}\n")
+    (ready.folder / "plan.json").write_text('{"run": "words", "gpus": 2, "checkpoint": {"bytes": 9}}')
+    told = [words for words in guide_commands() if "--nodes" not in words and "--procs" not in words]
+    assert len(told) == len(guide_commands()) - 2 == 4
+    for program, *words in told:
+        done = CliRunner().invoke(app, words)
+        assert (program, done.exit_code) == ("trichord-launch", 0), f"{words}: {done.output}"
+
+
+FAKE = {"sbatch": "echo 8", "squeue": "true", "scancel": 'echo "$@" > cancelled', "scontrol": "true"}
+
+
+@pytest.fixture
+def slurm(ready, monkeypatch):
+    """A Slurm that takes jobs and does nothing with them."""
+    for name, line in FAKE.items():
+        tool = ready.folder / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n{line}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ready.folder}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(ready.folder)
+    monkeypatch.setattr(slurm_nodes, "_GRACE_S", 0.1)
+    return ("--nodes", 2, "--cluster", "example-512gpu")
+
+
+def test_a_job_that_ends_without_a_word_is_a_failed_line(ready, slurm):
+    code, findings = ready.preflight(*slurm)
+    assert code == 69
+    assert failed(findings)["nodes"]["detail"].startswith("job 8 ended without a word")
+
+
+def test_interrupted_waiting_cancels_the_job(ready, slurm, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm_nodes.scheduler, "queue", interrupted)
+    words = ["preflight", str(ready.config), *map(str, slurm)]
+    assert CliRunner().invoke(app, words).exit_code != 0
+    assert (ready.folder / "cancelled").read_text() == "8\n"
+
+
+def test_without_slurm_nodes_are_a_failed_line(ready, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, findings = ready.preflight("--nodes", 2, "--cluster", "example-512gpu")
+    assert code == 2
+    assert "sbatch is not on this machine" in failed(findings)["nodes"]["detail"]
 
 
 def test_a_node_that_is_not_fit_starts_no_ranks(ready):
