@@ -139,8 +139,13 @@ def test_trunks_with_either_mask(plain_attention, family, bidirectional):
     fusion = FusionConfig(trunk=trunk, bidirectional_images=bidirectional)
     model = tiny_model(EncodersConfig(vision=VISION), fusion, NEXT_TOKEN)
     batch = tiny_batch([Item(True, None, 200), Item(text=150), Item(True, None, 90, seed=2)], num_tokens=600)
-    assert batch.visible_pairs > batch.causal_pairs
+    assert batch.visible_pairs == seen_cells(batch, True) > batch.causal_pairs == seen_cells(batch, False)
     agree(predict(model, batch), measure(model, batch))
+    # image blocks are small here: their pairs alone, to the last one
+    (attention,) = [piece for piece in flop_table(model) if piece.unit.endswith("_pairs") and piece.room == "trunk"]
+    width = TRUNK.num_heads * TRUNK.resolved_head_dim * TRUNK.num_layers
+    counts = executed_counts(batch, model)
+    assert attention.forward * getattr(counts, attention.unit) == 4 * width * seen_cells(batch, bidirectional)
 
 
 @pytest.mark.parametrize(
