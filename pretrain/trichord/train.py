@@ -19,16 +19,18 @@ from trichord.batches.loader import ItemLengths, Loader, LoaderState, StepBatch,
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.transfer import move_ahead
 from trichord.checkpoints.commit import put_back_replaced, require_writable
-from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts
+from trichord.checkpoints.load import LoadedState, find_resumable, find_step, load_into, read_facts, read_train_state
+from trichord.checkpoints.mirror import fetch_newer, holds_checkpoints, mirror_of
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
+from trichord.config.load import resolved_yaml
 from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
-from trichord.core.status import clear_rank_statuses
+from trichord.core.status import clear_rank_statuses, write_atomically
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.features import SlotLayout
 from trichord.engine.partition import building_in, slices_of_run
@@ -36,11 +38,12 @@ from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag
 from trichord.journal import Progress, Recording
-from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, training_lengths
+from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, stored_config, training_lengths
 from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.shards.index import index_shards
 from trichord.shards.sources import expand_shards
 from trichord.shards.storage import configure_storage
+from trichord.tracking.metrics import append_event
 from trichord.tracking.progress import work_progress
 from trichord.tracking.recorder import Recorder
 from trichord.verdict import Verdict
@@ -145,8 +148,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
             stepper.clock.enter("save")
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state, recorder.newest)
             recording.checkpoint(progress.step)
-        if (saved := saver.poll()) is not None:
-            recorder.event("checkpoint", saved)
+        record_saves(saver, recorder)
 
     # The end: the last checkpoint is on disk before anybody leaves.
     recording.close(progress.step)
@@ -163,12 +165,53 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     log.info("%s", closing_line(finished, progress.step, stop.name))
     dist.barrier()
     dist.destroy_process_group()
+    finish_mirror(saver, folder)
     return code
+
+
+def record_saves(saver: CheckpointSaver, recorder: Recorder) -> None:
+    """Events of checkpoints that were committed, and of their copies on the mirror."""
+    if (saved := saver.poll()) is not None:
+        recorder.event("checkpoint", saved)
+    for copied in saver.news():
+        recorder.event("mirror", **copied)
+
+
+def finish_mirror(saver: CheckpointSaver, folder: RunFolder) -> None:
+    """The last copy. The verdict is written and no rank waits any more: a slow storage changes nothing."""
+    saver.finish_mirror()
+    for copied in saver.news():
+        append_event(folder.path, "mirror", attempt=folder.attempt, **copied)
+
+
+def fetch_from_mirror(config: RunConfig) -> None:
+    """On rank 0, where the mirror has a newer checkpoint than the run folder: bring it, as if it had been saved here.
+
+    Raises:
+        ConfigError: `run.resume: never`, and the mirror holds a run of this name.
+        CheckpointError: nothing is here, and the mirror cannot be looked at.
+    """
+    mirror, path = config.checkpoints.mirror, run_path(config)
+    if mirror is None:
+        return
+    configure_storage(config.shards.storage)
+    if config.run.resume == "never":
+        if holds_checkpoints(mirror, path):
+            raise ConfigError(
+                f"{mirror_of(mirror, path)} holds checkpoints of a run of this name and run.resume is never; choose "
+                "another run.name, or run.resume=auto"
+            )
+        return
+    found = fetch_newer(mirror, path)
+    if found is not None and not (path / "config.yaml").exists():
+        stored = stored_config(found, read_train_state(found, needs=("config",))["config"])
+        write_atomically(path / "config.yaml", resolved_yaml(stored))
 
 
 def open_run(config: RunConfig, verdict: Verdict) -> tuple[RunFolder, LoadedState | None, str]:
     """On rank 0: the run folder, the checkpoint to go on from, and a name of this attempt that no other has."""
     verdict.hold(run_path(config))
+    fetch_from_mirror(config)
     folder = prepare_run_folder(config)
     put_back_replaced(folder.path / "checkpoints")
     require_writable(folder.path / "checkpoints")
@@ -288,7 +331,7 @@ def train_state(config: RunConfig, progress: Progress, recorder: Recorder) -> di
 
 def build_recorder(config: RunConfig, folder: RunFolder, resumed: LoadedState | None, active: bool) -> Recorder:
     same_run = resumed is not None and folder.kind == "resume"
-    return Recorder(
+    recorder = Recorder(
         folder.path,
         config.tracking,
         active=active,
@@ -299,3 +342,6 @@ def build_recorder(config: RunConfig, folder: RunFolder, resumed: LoadedState | 
         run_facts=config.model_dump(mode="json"),
         wandb_run_id=resumed.train_state.get("wandb_run_id") if resumed is not None and same_run else None,
     )
+    if resumed is not None:
+        recorder.newest.update(resumed.train_state.get("metrics", {}))
+    return recorder

@@ -24,5 +24,11 @@ class CheckpointsConfig(Leaf):
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints whose step is a multiple of this are never removed."""
     keep_best: KeepBest | None = None
+    mirror: str | None = None
+    """Copies of the checkpoints elsewhere: `s3://bucket/prefix`, `gs://...`, any fsspec URL or a path. They go below
+    `MIRROR/RUN` in the background, under the same rules of what is kept, and a run goes on from there where its own
+    folder has none, or older ones."""
+    mirror_wait_s: float = Field(default=300.0, ge=0)
+    """At the end of a run: how long to wait for the copy of the last checkpoint."""
     commit_timeout_s: float = Field(default=600.0, gt=0)
     """A save whose ranks are not all done after this long is abandoned; the previous checkpoint stays."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from trichord.checkpoints.config import CheckpointsConfig
@@ -80,8 +80,8 @@ class Retention:
         self._known: dict[int, float | None] = {}
         self._told = False
 
-    def apply(self, saved: int) -> dict[int, list[str]]:
-        """After the commit of step `saved`: remove, and return why the others stay.
+    def apply(self, saved: int, held: Collection[int] = ()) -> dict[int, list[str]]:
+        """After the commit of step `saved`: remove, and return why the others stay. held: steps that stay for now.
 
         Folders that are not complete count for nothing: as long as they are the newest they stay, to be looked at.
         """
@@ -93,7 +93,7 @@ class Retention:
         oldest = min(sorted(scores)[-self.config.keep_last :])
         removed = []
         for step, path in step_folders(self.folder).items():
-            if step not in kept and (step in scores or step < oldest):
+            if step not in kept and step not in held and (step in scores or step < oldest):
                 remove_checkpoint(path)
                 removed.append(path.name)
         if removed:

@@ -25,7 +25,8 @@ from trichord.batches.loader import LoaderState
 from trichord.checkpoints.commit import done_file, publish, read_done
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.hashes import file_facts
-from trichord.checkpoints.manifest import TRAIN_STATE_FILE, checkpoint_name
+from trichord.checkpoints.manifest import TRAIN_STATE_FILE, checkpoint_name, incomplete_reason, step_folders
+from trichord.checkpoints.mirror import Mirror
 from trichord.checkpoints.retention import Retention
 from trichord.checkpoints.slices import rank_file
 from trichord.checkpoints.snapshot import HostImage, Snapshot
@@ -79,10 +80,12 @@ class CheckpointSaver:
         self._image = HostImage()
         self._retention = Retention(self.folder, config)
         self._held: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.mirror: Mirror | None = None
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob("step-*.partial-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
+            self.mirror = self._open_mirror()
         dist.barrier()  # before any rank can have begun a save that this would remove
 
     def begin(
@@ -136,6 +139,14 @@ class CheckpointSaver:
         self.last_step = save.step
         return save.step
 
+    def news(self) -> list[dict[str, Any]]:
+        """What became of copies on the mirror since the last call: `step`, `ok`, and `seconds` or `reason`."""
+        return self.mirror.news() if self.mirror is not None else []
+
+    def finish_mirror(self) -> bool:
+        """At the very end: wait for the last copy, at most `mirror_wait_s`. False: it is not there, which is said."""
+        return self.mirror is None or self.mirror.wait(self.config.mirror_wait_s)
+
     def finish(self) -> bool:
         """Wait until the save in flight is committed or abandoned. All ranks must call it at the same step.
 
@@ -160,6 +171,16 @@ class CheckpointSaver:
             save.thread.join()
             self.poll()
         return self.rank != 0 or not self._last_failed
+
+    def _open_mirror(self) -> Mirror | None:
+        """The mirror, and what an earlier attempt could not bring there."""
+        if self.config.mirror is None:
+            return None
+        mirror = Mirror(self.folder.parent, self.config)
+        whole = [path for path in step_folders(self.folder).values() if incomplete_reason(path) is None]
+        if whole:
+            mirror.submit(whole[-1])
+        return mirror
 
     def _hold(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's step begins with `wait_copied`."""
@@ -217,8 +238,10 @@ class CheckpointSaver:
         except OSError as error:  # a hint for humans: the checkpoint itself is there
             log.warning("cannot write %s: %s", self.folder / LATEST_FILE, error)
         log.info("checkpoint %s saved in %.1f s", name, time.monotonic() - save.started)
+        if self.mirror is not None:
+            self.mirror.submit(self.folder / name)
         try:
-            self._retention.apply(save.step)
+            self._retention.apply(save.step, self.mirror.held if self.mirror is not None else ())
         except OSError as error:
             log.warning("old checkpoints in %s cannot be removed: %s", self.folder, error)
 

@@ -12,4 +12,8 @@ Overrides = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here, as JSON.")]
 RunPath = Annotated[Path, typer.Argument(help="Run folder, such as runs/NAME.")]
+CheckpointPath = Annotated[
+    str,
+    typer.Argument(help="Checkpoint or run folder (its newest one), or a mirror's s3://bucket/prefix/RUN[/step-N]."),
+]
 Averaged = Annotated[bool, typer.Option("--ema/--no-ema", help="Take the average of the weights (engine.ema_decay).")]

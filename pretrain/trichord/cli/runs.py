@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trichord.cli.app import app, track_app
-from trichord.cli.arguments import Averaged, ConfigPath, JsonFile, Overrides, RunPath
+from trichord.cli.arguments import Averaged, CheckpointPath, ConfigPath, JsonFile, Overrides, RunPath
 from trichord.cli.output import advancing, print_metrics, print_rows, write_json
 from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DONE, ConfigError
 
@@ -52,7 +52,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
 
 @app.command()
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder.")],
+    path: CheckpointPath,
     suite: Annotated[str, typer.Argument(help="Suite file, or the name of a shipped one (suites/quickstart.yaml).")],
     ema: Averaged = False,
     json_file: JsonFile = None,
@@ -61,40 +61,43 @@ def evaluate(
     from trichord.config.load import load_suite
 
     load_suite(suite)  # a mistake in it is told before torch is loaded
+    from trichord.checkpoints.mirror import local_checkpoint
     from trichord.core.log import configure_logging
     from trichord.evaluate import evaluate as evaluate_checkpoint
 
     configure_logging()
-    result = evaluate_checkpoint(path, suite, ema=ema)
+    result = evaluate_checkpoint(local_checkpoint(path), suite, ema=ema)
     print_metrics(result["metrics"])
     write_json(json_file, result)
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder for its newest one.")],
+    checkpoint: CheckpointPath,
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist yet.")],
     ema: Averaged = False,
 ) -> None:
     """Write a checkpoint in Hugging Face format."""
     if out.exists():
         raise ConfigError(f"{out} exists already; an export never overwrites: name a new folder, or remove it")
+    from trichord.checkpoints.mirror import local_checkpoint
     from trichord.export import export as export_model
 
-    print(export_model(checkpoint, out, ema=ema))
+    print(export_model(local_checkpoint(checkpoint), out, ema=ema))
 
 
 @app.command()
 def doctor(
-    path: Annotated[Path, typer.Argument(help="Checkpoint folder, or a run folder for its newest one, whole or not.")],
+    path: CheckpointPath,
     json_file: JsonFile = None,
 ) -> int:
     """What is wrong with a checkpoint: files, hashes, slices, keys of each room, values. Exit code 4 if anything is."""
     from trichord.checkpoints.doctor import examine, find_patient, worst
+    from trichord.checkpoints.mirror import local_checkpoint
     from trichord.restore import expected_model
     from trichord.tracking.progress import work_progress
 
-    folder = find_patient(path)
+    folder = find_patient(local_checkpoint(path, verify=False))  # as it is: what is wrong with it is the question
     with work_progress("examining files", sum(1 for _ in folder.iterdir())) as advance:
         findings = examine(folder, expected_model(folder), lambda: advance(1))
     verdict = worst(findings)
