@@ -28,7 +28,6 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
-from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
 from trichord.core.status import clear_rank_statuses, write_atomically
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
@@ -152,7 +151,6 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
     # The end: the last checkpoint is on disk before anybody leaves.
     recording.close(progress.step)
-    set_phase("last save")
     saved = saver.finish()
     finished = progress.step >= total_steps
     code = EXIT_DONE if finished else EXIT_STOPPED

@@ -23,7 +23,11 @@ from trichord.core.dist import rank_facts
 
 
 def train_planted(plant: str, facts: dict, config: str, overrides: list[str]) -> int:
-    """Entry point of a rank: `trichord train` with the plant of that name; returns the exit code."""
+    """Entry point of a rank: `trichord train` with the plant of that name; returns the exit code.
+
+    stderr goes to a file beside the config, since that of a forked rank is its fork server's.
+    """
+    os.dup2(os.open(Path(config).with_name(f"stderr-{rank_facts().rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     finish = PLANTS[plant](**facts)
     code = main(["train", config, *overrides])
     if finish is not None:

@@ -1,12 +1,14 @@
 """Faults planted in real runs: what the run says, in which files, and what it leaves with. docs/guides/faults.md is the
 same table for users."""
 
-import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -51,15 +53,16 @@ def small_config(data, root):
 
 @dataclass
 class Ended:
-    """A run that is over. codes: what each rank left with (-9 and the like for a signal); seconds: it took in all."""
+    """A run that is over. codes: what each rank left with, -9 and the like for a signal."""
 
-    folder: object
+    folder: Path
     codes: dict
-    seconds: float
-    said: dict = field(default_factory=dict)
 
     def log(self, rank):
         return (self.folder / "logs" / f"rank-{rank:05d}.log").read_text()
+
+    def stderr(self, rank):
+        return (self.folder.parent / f"stderr-{rank}").read_text()
 
     def events(self, kind):
         return [event for event in read_events(self.folder) if event["kind"] == kind]
@@ -72,10 +75,12 @@ def code_of(text):
 
 
 def end_of(ranks, folder, timeout_s=90):
-    started = time.monotonic()
     results, failures = ranks.wait(timeout_s)
     codes = {**results, **{rank: code_of(text) for rank, text in failures.items()}}
-    return Ended(folder, dict(sorted(codes.items())), time.monotonic() - started, failures)
+    ended = Ended(folder, dict(sorted(codes.items())))
+    for rank in ended.codes:
+        print(f"--- rank {rank}: {failures.get(rank, '')}\n{ended.stderr(rank)}")  # pytest shows it if the test fails
+    return ended
 
 
 def run_with(data, root, world_size, plant, facts, *overrides):
@@ -140,6 +145,7 @@ def test_a_killed_rank_is_named_and_the_others_leave_without_saving(data, tmp_pa
     ended = run_with(data, tmp_path, 2, "kill", {"rank": 1, "step": 3})
     assert ended.codes == {0: 1, 1: -9}
     check_end(ended, 1, r"rank 1 has shown no sign of life for \d+ s; at its last one it was in \w+")
+    assert ended.events("fault")[0]["time"] - read_metrics(ended.folder)[-1]["time"] < LEAVE_WITHIN_S
     assert find_latest(ended.folder / "checkpoints").name == "step-000002"
 
 
@@ -205,6 +211,7 @@ def test_a_full_disk_ends_the_run_when_its_record_cannot_be_written(data, tmp_pa
     ended = run_with(data, tmp_path, 1, "full_disk", facts)
     ended.folder = tmp_path / "copy"
     assert ended.codes == {0: 1}
+    check_end(ended, 1, r"the record of the run in .* cannot be written: No space left on device; free space there")
     assert read_metrics(ended.folder)[-1]["step"] == 3
     assert find_latest(ended.folder / "checkpoints").name == "step-000002"
 
@@ -227,11 +234,13 @@ def test_a_file_that_may_not_grow_ends_the_run_with_one_message(data, tmp_path):
     check_end(ended, 1, r"the record of the run in .* cannot be written: File too large; free space")
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(data, tmp_path, capfd):
+def test_a_log_that_cannot_be_written_does_not_end_the_run(data, tmp_path):
     facts = {"folder": str(tmp_path / "tiny")}
     ended = run_with(data, tmp_path, 1, "log_on_full_disk", facts)
     assert ended.codes == {0: 0}
     assert read_status(ended.folder).outcome == "finished"
+    assert ended.stderr(0).count("rank-00000.log cannot be written (No space left on device)") == 1
+    assert "Traceback" not in ended.stderr(0)
 
 
 @needs_mounts
@@ -259,12 +268,13 @@ def test_a_second_signal_does_not_cost_the_checkpoint(data, tmp_path):
     folder = tmp_path / "tiny"
     wait_until(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) >= 2)
     os.kill(ranks.pids[0], signal.SIGUSR1)
-    wait_until(lambda: "stop" in json.dumps(read_metrics(folder)) or any((folder / "checkpoints").iterdir()))
+    wait_until(lambda: (folder / "data.json").exists())  # written when the save has begun
     os.kill(ranks.pids[0], signal.SIGTERM)
     ended = end_of(ranks, folder)
     assert ended.codes == {0: 75}
     status = read_status(folder)
     assert (status.outcome, status.reason) == ("stopped", "stopped by SIGUSR1 with a checkpoint")
+    assert "SIGTERM: stopping already, with a checkpoint" in ended.stderr(0)
     assert find_latest(folder / "checkpoints").name == f"step-{status.step:06d}"
 
 
@@ -310,3 +320,49 @@ def test_bad_steps_in_a_row_stop_the_run(data, tmp_path, stage):
     )
     assert [event["step"] for event in ended.events("skipped_step")] == [3, 4]
     assert find_latest(ended.folder / "checkpoints").name == "step-000002"
+
+
+# The same under torchrun, as the launcher starts it.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "torchrun"])
+def test_under_the_launcher_nobody_is_left_and_the_verdict_says_why(data, tmp_path, victim):
+    """torchrun holds the store here, so that its death is the store's."""
+    config, folder = small_config(data, tmp_path), tmp_path / "tiny"
+    said = open(tmp_path / "said", "w")  # noqa: SIM115  (closed by the process' end)
+    overrides = ["run.max_steps=100000", "checkpoints.save_every_steps=20"]
+    command = [sys.executable, "-m", "trichord_launch.cli", "local", str(config), "--procs", "2", *overrides]
+    launcher = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        wait_until(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder)) >= 30, 240)
+        torchrun = children_of(launcher.pid)[0]
+        ranks = [pid for pid in children_of(torchrun) if b"trichord" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(torchrun if victim == "torchrun" else ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        assert launcher.wait(90) == 1
+        assert time.monotonic() - killed < LEAVE_WITHIN_S + 15, "torchrun and the launcher need a few seconds more"
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert not any(map(is_alive, ranks))
+    reason = r"rank 1 has shown no sign of life" if victim == "rank" else r"store does not answer any more"
+    status = read_status(folder)
+    assert (status.outcome, status.exit_code) == ("failed", 1)
+    assert re.search(reason, status.reason), status.reason
+    (event,) = [event for event in read_events(folder) if event["kind"] == "fault"]
+    assert re.search(reason, event["reason"])
+    assert re.search(reason, (tmp_path / "said").read_text())
+
+
+def is_alive(pid):
+    """Not so a dead one that nobody has asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -33,6 +33,7 @@ from trichord.checkpoints.snapshot import HostImage, Snapshot
 from trichord.checkpoints.state import group_hyperparameters, named_parameters, optimizer_step, slices_to_save
 from trichord.checkpoints.write import give_way, write_hashed
 from trichord.core.log import get_logger
+from trichord.core.phase import set_phase
 from trichord.core.status import write_atomically
 from trichord.engine.masters import torch_optimizer
 
@@ -153,6 +154,7 @@ class CheckpointSaver:
         Returns:
             Whether the last save was committed, equal on all ranks.
         """
+        set_phase("last save")
         committed = self._settle()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         agreed = torch.tensor([int(committed)], device=device)
