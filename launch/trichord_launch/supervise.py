@@ -34,7 +34,7 @@ def supervise(
     *,
     max_restarts: int = 0,
     restart_pause_s: float = 2.0,
-    leftover_grace_s: float = 5.0,
+    leftover_grace_s: float = 15.0,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Verdict:
     """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
