@@ -30,6 +30,7 @@ from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.seed import derive_seed
 from trichord.core.status import clear_rank_statuses, write_atomically
+from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.features import SlotLayout
 from trichord.engine.partition import building_in, slices_of_run
@@ -99,8 +100,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
             from trichord.release.import_ import load_initial_weights
 
             load_initial_weights(model, config.run.init_from)
-    if config.engine.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    prepare_blocks(model, config.engine)
 
     # Samples, batches: how rows are dealt depends on what the model makes of them.
     lengths = training_lengths(config, model)

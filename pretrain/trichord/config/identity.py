@@ -56,6 +56,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.min_lr_ratio",
     "engine.ema_decay",  # the training does not see it
     "engine.activation_checkpointing",
+    "engine.checkpoint_every_blocks",
     "engine.zero_init",
     "engine.max_bad_steps",
     "engine.timeout_s",

@@ -46,9 +46,6 @@ class MelTransformer(nn.Module):
         positions = self.positions.on(hidden.device)[: hidden.shape[1]]
         return self.transformer(hidden + positions.to(hidden.dtype), key_mask(tokens, hidden.shape[1], hidden.device))
 
-    def enable_activation_checkpointing(self) -> None:
-        self.transformer.recompute = True
-
 
 class AudioTower(nn.Module):
     """Waveforms -> feature tokens. A clip's features depend on the clip alone, never on what it is batched with."""
@@ -108,10 +105,6 @@ class AudioTower(nn.Module):
         """A short silence, waveform and offsets, for a micro-batch without audio."""
         length = self.config.mel.hop_length * self.config.stride
         return torch.zeros(length, dtype=torch.int16, device=device), [0, length]
-
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute layers in the backward pass (non-reentrant)."""
-        self.encoder.enable_activation_checkpointing()
 
 
 def _build_whisper(config: AudioEncoderConfig, max_frames: int) -> OwnLengthWhisperEncoder:

@@ -48,8 +48,3 @@ class TextTower(nn.Module):
         if self.transformer is not None and self.positions is not None:
             hidden = self.transformer(hidden + self.positions(offsets), key_mask(lengths, longest, hidden.device))
         return masked_mean(hidden, [max(1, length) for length in lengths])
-
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute layers in the backward pass (non-reentrant)."""
-        if self.transformer is not None:
-            self.transformer.recompute = True

@@ -11,7 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 _MLP_RATIO = 4
 
@@ -45,15 +44,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([Block(hidden_size, num_heads) for _ in range(num_layers)])
         self.norm = nn.LayerNorm(hidden_size)
-        self.recompute = False  # activation checkpointing, layer by layer
 
     def forward(self, x_ILD: Tensor, mask: Tensor | None) -> Tensor:
         """As `Block.forward`."""
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x_ILD = checkpoint(layer, x_ILD, mask, use_reentrant=False)
-            else:
-                x_ILD = layer(x_ILD, mask)
+            x_ILD = layer(x_ILD, mask)
         return self.norm(x_ILD)
 
 

@@ -126,10 +126,6 @@ class VisionTower(nn.Module):
                 module = self.backbone.get_submodule(owner)
                 module._buffers[leaf] = buffer.to(module._buffers[leaf].device)
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute blocks in the backward pass (non-reentrant, timm's default)."""
-        self.backbone.set_grad_checkpointing(True)
-
 
 def _load_weights(backbone: nn.Module, path: str) -> None:
     weights = read_safetensors(path)

@@ -18,7 +18,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from trichord.core.errors import ConfigError
 from trichord.encoders.config import AudioEncoderConfig
 from trichord.encoders.padding import key_mask, length_mask
-from trichord.layers.recompute import recompute_layers
 
 
 def whisper_config(config: AudioEncoderConfig) -> WhisperConfig:
@@ -78,7 +77,3 @@ class OwnLengthWhisperEncoder(WhisperEncoder):
         for layer in self.layers:
             hidden = layer(hidden, mask)
         return self.layer_norm(hidden)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute layers in the backward pass (non-reentrant)."""
-        recompute_layers(self)

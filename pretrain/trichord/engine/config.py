@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trichord.core.leaf import Leaf
 from trichord.core.schedule import ScheduleName
@@ -67,7 +67,11 @@ class EngineConfig(Leaf):
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an average of the weights, fp32: after each update `decay` of it and `1 - decay` of the new weights."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Blocks whose activations are computed again in the backward pass. selective: all but the results of matrix
+    products, convolutions and attention."""
+    checkpoint_every_blocks: int = Field(default=1, ge=1)
+    """The first of every so many blocks is recomputed, the others keep their activations."""
     zero_init: bool = True
     """Stage 3 on several ranks: build the model in slices, so that no rank ever holds it whole."""
     max_bad_steps: int = Field(default=10, ge=1)
@@ -90,6 +94,12 @@ class EngineConfig(Leaf):
     def stuck_limit_s(self) -> float:
         return self.stuck_after_s if self.stuck_after_s is not None else self.timeout_s / 2
 
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        """Runs from before there were kinds of it go on."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _supported(self):
         if self.stuck_limit_s >= self.timeout_s:
@@ -101,6 +111,11 @@ class EngineConfig(Leaf):
             raise ValueError(
                 f"zero_stage 0 with precision {self.precision} is refused: DeepSpeed's unfused optimizer starts Adam "
                 "one step late there and the first updates come out wrong; use zero_stage 1, or precision autocast_bf16"
+            )
+        if self.zero_stage == 3 and self.activation_checkpointing == "selective" and self.checkpoint_every_blocks > 1:
+            raise ValueError(
+                "activation_checkpointing selective at zero_stage 3 recomputes every block, got checkpoint_every_blocks "
+                f"{self.checkpoint_every_blocks}: the others would hold on to their gathered weights; use full, or 1"
             )
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload 'all' moves parameters and needs zero_stage 3, got {self.zero_stage}")

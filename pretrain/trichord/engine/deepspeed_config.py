@@ -44,6 +44,11 @@ def _zero(engine: EngineConfig) -> dict[str, Any]:
     zero["contiguous_gradients"] = True
     if engine.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False  # checkpoints are our own slices
+        if engine.activation_checkpointing == "selective":
+            # DeepSpeed's own linear adds the bias in place, to the very product that selective recomputation keeps:
+            # the bias would count twice in the backward pass. What its linear is for (autograd holding on to gathered
+            # weights) does not happen in blocks that are recomputed.
+            zero["memory_efficient_linear"] = False
     if engine.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if engine.offload == "all":

@@ -74,8 +74,8 @@ class WorkMeter:
 
 
 def blocks_again(engine: EngineConfig) -> float:
-    """Share of the blocks' forward pass that activation checkpointing runs again."""
-    return float(engine.activation_checkpointing)
+    """Share of the blocks' forward pass that activation checkpointing runs again; selective keeps what counts here."""
+    return 1.0 / engine.checkpoint_every_blocks if engine.activation_checkpointing == "full" else 0.0
 
 
 def _contrasts(contrastive: ContrastiveConfig | None, slots: int, world_size: int) -> int:

@@ -29,8 +29,9 @@ from trichord.fusion.connector import Connector
 from trichord.fusion.late import EmbeddingHead, LogitScale
 from trichord.fusion.splice import rows_in_stream, select_rows, splice
 from trichord.fusion.trunk import CausalLM, build_trunk, padded_vocab_size, run_packed
+from trichord.layers.blocks import block_lists
 from trichord.layers.config import LayersConfig
-from trichord.layers.recompute import recompute_layers
+from trichord.layers.recompute import Recompute, recompute_blocks
 from trichord.layers.selection import select_kernels
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
@@ -221,13 +222,10 @@ class Trichord(nn.Module):
         # No label on this rank: one row times zero, so that the head and the trunk still run backwards.
         return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1])), None
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute activations layer by layer in the backward pass, everywhere, non-reentrant."""
-        for tower in (self.vision, self.audio, self.text):
-            if tower is not None:
-                tower.enable_activation_checkpointing()
-        if self.trunk is not None:
-            recompute_layers(self.trunk)
+    def enable_activation_checkpointing(self, mode: Recompute = "full", every_blocks: int = 1) -> None:
+        """Recompute activations block by block in the backward pass, in towers and trunk."""
+        for blocks in block_lists(self):
+            recompute_blocks(blocks, mode, every_blocks)
 
 
 def build_model(

@@ -1,0 +1,31 @@
+"""What the engine does to the blocks of a model before it is handed to DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trichord.engine.config import EngineConfig
+from trichord.layers.blocks import block_lists
+from trichord.layers.recompute import recompute_blocks
+
+
+def prepare_blocks(model: nn.Module, engine: EngineConfig) -> None:
+    """Activation checkpointing in every stack of the model: towers and trunk."""
+    mode, every = engine.activation_checkpointing, engine.checkpoint_every_blocks
+    # Selective recomputation asks for the same operations as in the first pass, and what ZeRO-3 does inside of a block
+    # are others each time: there it gathers a block as one.
+    as_one = engine.zero_stage == 3 and mode == "selective"
+    for blocks in block_lists(model):
+        if as_one:
+            _gather_as_one(blocks)
+        recompute_blocks(blocks, mode, every, inside=as_one)
+
+
+def _gather_as_one(blocks: list[Any]) -> None:
+    """Have ZeRO-3 gather all parameters of a block before it is called, forwards and backwards."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in blocks:
+        set_z3_leaf_module(block, True)
