@@ -150,7 +150,7 @@ IMPORT_NAMES = {
 @pytest.mark.parametrize(
     ("package", "extras"),
     [
-        ("trichord", ("kernels", "train", "convert", "ray")),
+        ("trichord", ("kernels", "train", "convert", "ray", "8bit")),
         ("trichord_kernels", ("kernels",)),
         ("trichord_launch", ("hub",)),
     ],

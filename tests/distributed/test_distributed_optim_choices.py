@@ -47,3 +47,22 @@ def test_each_goes_on_from_a_checkpoint(tmp_path, name, kinds):
     before, after = (whole([state for state, _ in results]) for results in (undisturbed, again))
     assert all((after[key] == before[key]).all() for key in before)
     assert [state["step"] for state, _ in again] == [FIRST_STEPS] * 2
+
+
+EIGHT = {"optimizer": "adamw_8bit"}
+
+
+def test_8_bits_go_on_bit_for_bit_on_the_same_split_and_closely_on_another(tmp_path):
+    """Blocks begin elsewhere on another split, so that moments are rounded anew."""
+    exact = run_ranks(2, train_and_save, str(tmp_path / "exact"), 2, {})
+    wrote = run_ranks(2, train_and_save, str(tmp_path), 2, EIGHT)
+    again = run_ranks(2, load_and_train, str(tmp_path), 2, EIGHT)
+    before, after = (whole([state for state, _ in results]) for results in (wrote, again))
+    assert {kind for _, kind in before} == MOMENTS
+    assert all((after[key] == before[key]).all() for key in before)
+    assert [history for _, history in again] == [history for _, history in wrote]
+    assert wrote[0][1] != exact[0][1], "nothing was rounded: the model is too small for the test"
+    assert largest_difference(wrote[0][1], exact[0][1]) < 0.05
+    ((state, elsewhere),) = run_ranks(1, load_and_train, str(tmp_path), 3, EIGHT)
+    assert state["step"] == FIRST_STEPS
+    assert largest_difference(elsewhere, wrote[0][1]) < 0.05

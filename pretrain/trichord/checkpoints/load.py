@@ -24,6 +24,7 @@ from trichord.checkpoints.state import (
     WEIGHT,
     create_optimizer_state,
     named_parameters,
+    pack_optimizer_state,
     parameter_shape,
     refresh_parameters,
     slices_to_fill,
@@ -159,6 +160,7 @@ def load_into(engine: Any, folder: Path) -> LoadedState:
         for kind, live in piece.tensors.items():
             stored = WEIGHT if kind == AVERAGE and not averaged else kind  # an average starts from the weights
             live.copy_(reader.read(piece.name, stored, piece.start, piece.numel))
+    pack_optimizer_state(engine)
     refresh_parameters(engine)
     _tell_average(folder, averaged, engine.weight_average is not None)
     return facts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trichord.engine.ema import AVERAGE
 from trichord.engine.masters import Place, learned_parameters, masters, partition, places, torch_optimizer
-from trichord.engine.optimizers import empty_state
+from trichord.engine.optimizers import empty_state, pack_state, state_tensors
 
 WEIGHT = "param"
 
@@ -68,6 +68,14 @@ def create_optimizer_state(engine: Any, kinds: Mapping[str, Collection[str]], st
             optimizer.state[live[number]] = state
 
 
+def pack_optimizer_state(engine: Any) -> None:
+    """After states were created and filled: as the optimizer keeps them."""
+    optimizer = torch_optimizer(engine)
+    for master in masters(engine):
+        if optimizer.state.get(master):
+            pack_state(optimizer, master)
+
+
 def refresh_parameters(engine: Any) -> None:
     """After the masters were filled: bring the (low precision) parameters that the model computes with up to date."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
@@ -98,7 +106,8 @@ def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 
 def _live_slices(engine: Any, whole: bool) -> Iterator[OwnedSlice]:
-    stage, live, places_of = engine.zero_optimization_stage(), masters(engine), places(engine)
+    stage, places_of = engine.zero_optimization_stage(), places(engine)
+    live = [_tensors(engine, number, master) for number, master in enumerate(masters(engine))]
     groups = {id(p): name for _, name, parameters in learned_parameters(engine) for p in parameters}
     for name, parameter in named_parameters(engine):
         group, place = groups.get(id(parameter)), places_of.get(id(parameter))
@@ -107,26 +116,23 @@ def _live_slices(engine: Any, whole: bool) -> Iterator[OwnedSlice]:
         elif place is None:  # it lies on other ranks
             start, tensors = 0, {}
         else:
-            start, tensors = _learned(engine, live, place, whole)
+            start, tensors = _learned(live[place.master], place, stage, whole)
         numel = tensors[WEIGHT].numel() if tensors else 0
         yield OwnedSlice(name, parameter_shape(parameter), group, start, numel, tensors)
 
 
-def _learned(engine: Any, live: list[Tensor], place: Place, whole: bool) -> tuple[int, dict[str, Tensor]]:
-    """At stage 0 every rank holds all of it, and writes its share."""
-    low, high = _share(place.numel, whole) if engine.zero_optimization_stage() == 0 else (0, place.numel)
-    tensors = {WEIGHT: live[place.master].data, **_states(engine, place.master, live[place.master])}
-    begin = place.offset + low
-    return place.start + low, {kind: t.reshape(-1).narrow(0, begin, high - low) for kind, t in tensors.items()}
-
-
-def _states(engine: Any, number: int, master: Tensor) -> dict[str, Tensor]:
-    """Kind -> state tensor of the master's size; `step` and other scalars are left out."""
-    state = torch_optimizer(engine).state.get(master, {})
-    found = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.numel() == master.numel() and k != "step"}
+def _tensors(engine: Any, number: int, master: Tensor) -> dict[str, Tensor]:
+    """Kind -> flat tensor of a master's length."""
+    found = {WEIGHT: master.data.view(-1), **state_tensors(torch_optimizer(engine), master)}
     if engine.weight_average is not None:
-        found[AVERAGE] = engine.weight_average.tensors[number]
+        found[AVERAGE] = engine.weight_average.tensors[number].view(-1)
     return found
+
+
+def _learned(live: dict[str, Tensor], place: Place, stage: int, whole: bool) -> tuple[int, dict[str, Tensor]]:
+    """At stage 0 every rank holds all of it, and writes its share."""
+    low, high = _share(place.numel, whole) if stage == 0 else (0, place.numel)
+    return place.start + low, {kind: t.narrow(0, place.offset + low, high - low) for kind, t in live.items()}
 
 
 def _share(numel: int, whole: bool) -> tuple[int, int]:

@@ -43,13 +43,13 @@ class EngineConfig(Leaf):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16", "autocast_bf16"] = "bf16"
     """bf16 and fp16 keep fp32 master weights. autocast_bf16: fp32 parameters, bf16 matrix products."""
-    optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
-    """adamw and muon decay weights by themselves; the others, torch's own too, add the decay to the gradient."""
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "muon", "adamw_8bit"] = "adamw"
+    """adamw, adamw_8bit (torchao) and muon decay weights by themselves; the others add the decay to the gradient."""
     optimizer_states: Literal["fp32", "bf16"] = "fp32"
     """adamw and adam: how the two moments are stored. bf16 takes 4 bytes of a parameter less; the update stays fp32."""
     lr: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    """adamw, adam, muon's rest: of the first and second moment. rmsprop: the second is the decay of its average."""
+    """All but sgd and rmsprop: of the first and second moment. rmsprop: the second is the decay of its average."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd and rmsprop."""
     eps: float = Field(default=1e-8, gt=0)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
+from trichord.engine.compact_moments import Coded, CompactAdam, unpacked
 from trichord.engine.config import EngineConfig
-from trichord.engine.half_moments import HalfMomentsAdam
 from trichord.engine.muon import Muon
 
 log = get_logger(__name__)
@@ -29,9 +29,10 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
     if offloaded and engine.offload_optimizer == "deepspeed" and engine.optimizer in ("adamw", "adam"):
         return _deepspeed_cpu_adam(groups, engine)
     fused = True if device.type == "cuda" and not offloaded else None
-    if engine.optimizer_states == "bf16":
+    if engine.optimizer == "adamw_8bit" or engine.optimizer_states == "bf16":
         options = {"lr": engine.lr, "betas": engine.betas, "eps": engine.eps, "fused": bool(fused)}
-        return HalfMomentsAdam(groups, decoupled=engine.optimizer == "adamw", **options)
+        store = "8bit" if engine.optimizer == "adamw_8bit" else "bf16"
+        return CompactAdam(groups, decoupled=engine.optimizer != "adam", store=store, **options)
     if engine.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=engine.lr, betas=engine.betas, eps=engine.eps, fused=fused)
     if engine.optimizer == "adam":
@@ -47,10 +48,25 @@ def build_optimizer(groups: list[dict[str, Any]], engine: EngineConfig, device: 
 
 
 def empty_state(optimizer: torch.optim.Optimizer, master: Tensor, kinds: Iterable[str], step: int) -> dict[str, Any]:
-    """The state of a master after `step` updates, with zeros for each kind: tensors of its shape, and the counter."""
-    dtype = torch.bfloat16 if isinstance(optimizer, HalfMomentsAdam) else master.dtype
-    state = {kind: torch.zeros_like(master.data, dtype=dtype) for kind in kinds}
+    """The state of a master after `step` updates: fp32 zeros of its shape for each kind, to be filled, and the counter.
+    When they are filled, `pack_state` brings them into the form that the optimizer keeps."""
+    state: dict[str, Any] = {kind: torch.zeros_like(master.data) for kind in kinds}
     return {**state, **_counter(optimizer, master, state, step)} if state else {}
+
+
+def pack_state(optimizer: torch.optim.Optimizer, master: Tensor) -> None:
+    """After a state of `empty_state` was filled."""
+    if isinstance(optimizer, CompactAdam):
+        optimizer.pack(master)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """Kind -> the flat state of a master, without counters: the live tensor, or fp32 that was decoded from 8 bits."""
+    state = optimizer.state.get(master, {})
+    numel = master.numel()
+    moments = {kind: value for kind, value in state.items() if kind != "step" and isinstance(value, (Tensor, Coded))}
+    found = {kind: unpacked(value, numel) for kind, value in moments.items()}
+    return {kind: tensor for kind, tensor in found.items() if tensor.numel() == numel}
 
 
 def _counter(

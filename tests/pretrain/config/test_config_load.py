@@ -124,7 +124,7 @@ def test_every_mistake_of_a_file_is_reported_at_once_with_its_line(write):
     ("old", "new", "expected"),
     [
         ("  lr: 3e-4\n", "  lr: 3e-4\n  lr: 1\n", ":20: engine.lr: key given twice, first in line 19"),
-        ("engine:\n", "lr: 1\nengine:\n", ":18: lr: unknown key; did you mean engine.lr?"),
+        ("engine:\n", "lr: 1\nengine:\n", ":18: lr: unknown key; did you mean engine.lr or engine.muon.lr?"),
         ("lr: 3e-4", "lr: fast", ":19: engine.lr: expected a valid number"),
         ("lr: 3e-4", "lr: true", ":19: engine.lr: expected a number, got true or false"),
         ("lr: 3e-4", "lr: .nan", ":19: engine.lr: expected a finite number"),

@@ -1,16 +1,19 @@
 """What each optimizer computes, against plain formulas; and which one is taken where."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from trichord.engine import half_moments
+from trichord.core.errors import ConfigError
+from trichord.engine import compact_moments
+from trichord.engine.compact_moments import CompactAdam, unpacked
 from trichord.engine.config import EngineConfig
-from trichord.engine.half_moments import HalfMomentsAdam
 from trichord.engine.matrices import Matrix
 from trichord.engine.muon import Muon, orthogonalize
-from trichord.engine.optimizers import build_optimizer, empty_state
+from trichord.engine.optimizers import build_optimizer, empty_state, pack_state
 
 CPU = torch.device("cpu")
 
@@ -37,12 +40,12 @@ def test_adam_is_fused_on_a_gpu_unless_its_states_are_in_host_memory():
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_bf16_moments_are_those_of_the_formula_rounded_after_each_step(decoupled, monkeypatch):
-    monkeypatch.setattr(half_moments, "_BLOCK", 7)  # several blocks, the last one shorter
+    monkeypatch.setattr(compact_moments, "_AT_A_TIME", 7)  # several blocks, the last one shorter
     weight = parameter(5, 6)
     expected, first, second = weight.detach().double().clone(), torch.zeros(5, 6), torch.zeros(5, 6)
     lr, betas, eps, decay = 0.01, (0.9, 0.95), 1e-8, 0.1
     groups = [{"params": [weight], "weight_decay": decay}]
-    optimizer = HalfMomentsAdam(groups, lr=lr, betas=betas, eps=eps, decoupled=decoupled, fused=False)
+    optimizer = CompactAdam(groups, lr=lr, betas=betas, eps=eps, decoupled=decoupled, fused=False, store="bf16")
     for step in range(1, 5):
         weight.grad = gradient_like(weight, step)
         optimizer.step()
@@ -92,6 +95,7 @@ def test_an_empty_state_is_what_the_optimizer_itself_would_have_made():
         {"optimizer": "rmsprop"},
         {"optimizer": "sgd"},
         {"optimizer": "muon"},
+        {"optimizer": "adamw_8bit"},
     ):
         weight = parameter(4, 3)
         groups = [{"params": [weight], "weight_decay": 0.0, "muon": False}]
@@ -99,7 +103,8 @@ def test_an_empty_state_is_what_the_optimizer_itself_would_have_made():
         weight.grad = gradient_like(weight, 0)
         optimizer.step()
         made = optimizer.state[weight]
-        ours = empty_state(optimizer, weight, [kind for kind in made if kind != "step"], 1)
+        ours = optimizer.state[weight] = empty_state(optimizer, weight, [kind for kind in made if kind != "step"], 1)
+        pack_state(optimizer, weight)
         assert ours.keys() == made.keys()
         for kind, value in made.items():
             assert (ours[kind].shape, ours[kind].dtype) == (value.shape, value.dtype), (engine, kind)
@@ -153,3 +158,50 @@ def test_muon_is_torch_s_muon_and_the_rest_is_adamw(alone, scale):
 def test_muon_and_bf16_moments_do_not_go_together():
     with pytest.raises(ValueError, match="got optimizer muon"):
         EngineConfig(optimizer="muon", optimizer_states="bf16")
+
+
+def adamw_8bit(weight: nn.Parameter) -> CompactAdam:
+    engine = EngineConfig(optimizer="adamw_8bit", lr=0.01)
+    optimizer = build_optimizer([{"params": [weight], "weight_decay": 0.1}], engine, CPU)
+    assert isinstance(optimizer, CompactAdam)
+    return optimizer
+
+
+def test_moments_in_8_bits_are_close_to_those_of_adamw_and_take_a_quarter(monkeypatch):
+    monkeypatch.setattr(compact_moments, "_AT_A_TIME", 512)  # several parts, and a last block that is not full
+    weight = parameter(50, 101)
+    twin = nn.Parameter(weight.detach().clone())
+    optimizer = adamw_8bit(weight)
+    exact = torch.optim.AdamW([twin], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(5):
+        weight.grad = gradient_like(weight, step)
+        twin.grad = weight.grad.clone()
+        optimizer.step()
+        exact.step()
+    for kind in ("exp_avg", "exp_avg_sq"):
+        stored, true = optimizer.state[weight][kind], exact.state[twin][kind].view(-1)
+        assert (unpacked(stored, weight.numel()) - true).norm() < 0.03 * true.norm()
+        held = sum(t.numel() * t.element_size() for t in (stored.codes, stored.scales))
+        assert held < 0.3 * 4 * weight.numel()
+    start = parameter(50, 101).detach()
+    assert 0 < (weight - twin).norm() < 0.05 * (twin - start).norm()
+
+
+def test_decoding_and_coding_again_changes_nothing():
+    """What a resume on the same split does."""
+    weight = parameter(70, 90)
+    optimizer = adamw_8bit(weight)
+    weight.grad = gradient_like(weight, 0)
+    optimizer.step()
+    before = {kind: optimizer.state[weight][kind] for kind in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[weight].update({kind: unpacked(moment, weight.numel()) for kind, moment in before.items()})
+    optimizer.pack(weight)
+    for kind, moment in before.items():
+        assert torch.equal(optimizer.state[weight][kind].codes, moment.codes)
+        assert torch.equal(optimizer.state[weight][kind].scales, moment.scales)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ConfigError, match=r"needs torchao.*pip install 'trichord\[8bit\]'"):
+        adamw_8bit(parameter(3))
