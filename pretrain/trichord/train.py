@@ -152,6 +152,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     # The end: the last checkpoint is on disk before anybody leaves.
     recording.close(progress.step)
     saved = saver.finish()
+    record_saves(saver, recorder)
     finished = progress.step >= total_steps
     code = EXIT_DONE if finished else EXIT_STOPPED
     recorder.event("end", progress.step, finished=finished, checkpoint_saved=saved)

@@ -78,6 +78,7 @@ class CheckpointSaver:
         self.last_step: int | None = None
         self._running: _Save | None = None
         self._last_failed = False
+        self._untold: list[int] = []
         self._image = HostImage()
         self._retention = Retention(self.folder, config)
         self._held: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -125,20 +126,19 @@ class CheckpointSaver:
         return self._image.bytes
 
     def poll(self) -> int | None:
-        """What became of the save in flight. Never waits.
+        """Look at the save in flight. Never waits.
 
         Returns:
-            The step that was committed since the last call (rank 0 only).
+            A step that was committed and not yet told (rank 0 only).
         """
         save = self._running
-        if save is None or save.thread is None or save.thread.is_alive():
-            return None
-        self._running = None
-        self._last_failed = not save.committed
-        if not save.committed:
-            return None
-        self.last_step = save.step
-        return save.step
+        if save is not None and save.thread is not None and not save.thread.is_alive():
+            self._running = None
+            self._last_failed = not save.committed
+            if save.committed:
+                self.last_step = save.step
+                self._untold.append(save.step)
+        return self._untold.pop(0) if self._untold else None
 
     def news(self) -> list[dict[str, Any]]:
         """What became of copies on the mirror since the last call: `step`, `ok`, and `seconds` or `reason`."""
@@ -171,7 +171,9 @@ class CheckpointSaver:
         if save is not None:
             assert save.thread is not None
             save.thread.join()
-            self.poll()
+            told = self.poll()
+            if told is not None:
+                self._untold.insert(0, told)  # for the loop, which asks later
         return self.rank != 0 or not self._last_failed
 
     def _open_mirror(self) -> Mirror | None:

@@ -15,6 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from trichord.checkpoints import mirror as mirror_module
+from trichord.checkpoints import mirror_store
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.hashes import file_facts
 from trichord.checkpoints.manifest import incomplete_reason
@@ -165,6 +166,8 @@ def test_what_is_damaged_there_is_passed_over(s3, tmp_path, damage, caplog):
     else:
         s3.put_object(Bucket="copies", Key=key, Body=b"x" * (999 if damage == "truncated" else 1000))
     elsewhere = tmp_path / "new" / "demo"
+    whole = MirrorStore(f"{BUCKET}/demo").complete_manifest(20) is not None
+    assert whole == (damage == "wrong bytes"), "names and sizes are looked at, hashes only when it is fetched"
     found = fetch_newer(BUCKET, elsewhere)
     assert found.name == "step-000010"
     assert [path.name for path in found.parent.iterdir()] == ["step-000010"], "nothing half fetched is left"
@@ -289,6 +292,9 @@ def test_a_manifest_cannot_lead_elsewhere(s3, tmp_path):
     s3.put_object(Bucket="copies", Key="deep/demo/step-000010/manifest.json", Body=body)
     assert fetch_newer(BUCKET, tmp_path / "new" / "demo") is None
     assert not (tmp_path / "new" / "demo" / "checkpoints" / "x").exists()
+    for name in ("../x", "/x", "a/b", ""):
+        with pytest.raises(CheckpointError, match="expected a name without folders"):
+            mirror_store._plain(name)
 
 
 def test_the_doctor_takes_an_address_and_fetches_what_is_there_as_it_is(s3, tmp_path, monkeypatch, capsys):
