@@ -167,18 +167,34 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="a100-40, a100-80, h100, h200, b200 or mi300x.")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="GB/s from one node to the others, all cards together.")
+    ] = None,
+    host_gib: Annotated[
+        float | None, typer.Option(min=1, help="Host memory of a node; default: as much as asked.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="JSON of `trichord data stats CONFIG`: what samples hold.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of one GPU for an hour.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="FILE.json: the plan; beside it FILE.overlay.yaml, its best layout.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Parameters and memory per GPU of a run, before it runs."""
+    """Memory, time and cost of a run before it runs, and its best layout. A prediction; needs no GPU."""
     from trichord.config.load import load_run_config
 
     run_config = load_run_config(config, overrides or [])
+    from trichord.planning.plan import Question, save_plan
     from trichord.planning.plan import plan as make_plan
-    from trichord.planning.plan import render_plan
+    from trichord.planning.render import render_plan
 
-    facts = make_plan(run_config, gpus)
+    facts = make_plan(run_config, Question(gpus, gpu, gpus_per_node, network, host_gib, stats, price))
     print(render_plan(facts))
     write_json(json_file, facts)
+    for path in save_plan(save, facts) if save is not None else ():
+        print(path)
 
 
 @app.command()

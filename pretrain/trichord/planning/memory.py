@@ -1,4 +1,4 @@
-"""Bytes of the model states on each GPU under ZeRO, as formulas. No torch.
+"""Bytes of the model states on each GPU under ZeRO, as formulas.
 
 Notation of Rajbhandari et al. 2020 ("ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 3):
 Psi trainable parameters, N data-parallel ranks, mixed precision with Adam. A rank holds without ZeRO
@@ -12,80 +12,130 @@ and with stages 1, 2 and 3
 In fp32, and under autocast with fp32 parameters, weights and gradients take 4 bytes; DeepSpeed keeps a separate fp32
 master of its partition there too (stages 1 to 3), so only stage 0 has K = 8. Frozen parameters are weights without
 gradient or optimizer state; stage 3 partitions them like all others.
+
+Where DeepSpeed differs from the paper (seen in its code and measured): at stage 1, gradients are whole only until they
+are reduced; a rank enters the update with the gradients of all parameters that its partition touches, whole ones; at
+stage 3, parameters below the persistence threshold are kept whole beside their partition; reduce buckets have their
+configured size, however small the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-Precision = Literal["fp32", "bf16", "fp16", "autocast_bf16"]
-Offload = Literal["none", "optimizer", "all"]
+from trichord.engine.config import EngineConfig
+from trichord.planning.zero import Parameter, Zero
 
 GIB = 2**30
-_BUCKET_ELEMENTS = 500_000_000  # engine.deepspeed_config.BUCKET_ELEMENTS; the engine room lies above, but imports torch
-_LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+_SMALL_8BIT = 4096  # elements below which an 8-bit optimizer keeps fp32 states
+_8BIT_BLOCK = 256  # elements that share a scale
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """Bytes per rank. On the device: weights, gradients, master, moments, buffers (what ZeRO needs to communicate:
-    reduce buckets, and at stage 3 the layers that are gathered at a time); host: what offloading keeps there."""
+    """Bytes per rank. As the update begins: weights, gradients, master, moments, average (of the weights). On top of
+    them backward: whole gradients and reduce buckets while gradients are made, gathered: weights that stage 3 holds
+    whole meanwhile; update: what the update needs for itself. host: what offloading keeps there."""
 
     weights: int
     gradients: int
     master: int
     moments: int
-    buffers: int
+    average: int
+    backward: int
+    gathered: int
+    update: int
     host: int
 
     @property
-    def device(self) -> int:
-        return self.weights + self.gradients + self.master + self.moments + self.buffers
+    def held(self) -> int:
+        """What a rank holds on its device as the update begins."""
+        return self.weights + self.gradients + self.master + self.moments + self.average
+
+    @property
+    def in_backward(self) -> int:
+        """The most that a rank holds in the backward pass, activations left out."""
+        return self.held + self.backward + self.gathered
+
+    @property
+    def in_update(self) -> int:
+        return self.held + self.update
 
 
 def model_states(
-    trainable: int,
-    frozen: int,
-    *,
-    zero_stage: int,
-    precision: Precision,
-    world_size: int,
-    offload: Offload = "none",
+    parameters: Sequence[Parameter], engine: EngineConfig, zero: Zero, rank: int | None = None
 ) -> ModelStates:
-    """Model states per rank, in bytes, for `trainable` and `frozen` parameters (the formulas of this module).
+    """Model states of a rank (the formulas of this module), under the engine's optimizer, average and offload; rank
+    None: the fullest.
 
-    offload `optimizer` moves master and moments to the host, with an fp32 copy of the gradients there (16 bytes per
-    element of the partition) and, from stage 2 on, no gradients left on the device; `all` moves the weights too.
+    offload `optimizer` moves master and moments to the host, with an fp32 copy of the gradients there and, from stage 2
+    on, no gradients left on the device; `all` moves the weights too.
     """
-    low = 2 if precision in ("bf16", "fp16") else 4
-    own = -(-trainable // world_size)  # a rank's partition, padded to whole elements
-    weights = low * (-(-(trainable + frozen) // world_size) if zero_stage == 3 else trainable + frozen)
-    gradients = low * (own if zero_stage >= 2 else trainable)
-    has_master = zero_stage > 0 or low == 2
-    optimized = own if zero_stage >= 1 else trainable
-    master, moments = 4 * optimized if has_master else 0, 8 * optimized
-    buffers, host = _buffers(trainable, trainable + frozen, zero_stage, low), 0
-    if offload != "none":
-        host = master + moments + 4 * own
-        master = moments = 0
-        gradients = 0 if zero_stage >= 2 else gradients
-    if offload == "all":
+    trainable = [p for p in parameters if p.trainable]
+    low, total = zero.weight_bytes, sum(p.numel for p in trainable)
+    own = zero.own(trainable)
+    weights = low * (zero.own(parameters) if zero.stage == 3 else sum(p.numel for p in parameters))
+    weights += low * zero.persistent(parameters)
+    gradients = low * zero.gradient_elements(trainable, rank)
+    master = 4 * own if zero.stage > 0 or low == 2 else 0
+    moments = moment_bytes(trainable, engine, zero)
+    average = 4 * own if engine.ema_decay is not None else 0
+    # At stage 1 all gradients are there when the reduction into the partition begins.
+    whole = low * total if zero.stage == 1 else 0
+    buckets = zero.bucket_bytes * (2 if zero.overlap and zero.stage < 3 else 1) if zero.stage else 0
+    # The gradient partition is copied to fp32 in one piece before the optimizer runs.
+    update, host = 4 * own if zero.stage else 0, 0
+    if zero.stage == 3:  # its buckets live as long as the engine
+        update += buckets
+    if engine.offload != "none":
+        host = master + moments + average + 4 * own
+        master = moments = average = 0
+        update -= 4 * own
+        gradients = 0 if zero.stage >= 2 else gradients
+    if engine.offload == "all":
         host += weights
         weights = 0
-    return ModelStates(weights, gradients, master, moments, buffers, host)
+    return ModelStates(weights, gradients, master, moments, average, whole + buckets, _gathered(parameters, zero),
+                       update, host)  # fmt: skip
 
 
-def checkpoint_bytes(trainable: int, frozen: int) -> int:
-    """Size of one checkpoint: fp32 weights of all parameters and both moments of the trainable ones, each once."""
-    return 4 * (trainable + frozen) + 8 * trainable
+def moment_bytes(trainable: Sequence[Parameter], engine: EngineConfig, zero: Zero) -> int:
+    """Bytes of the optimizer's states on a rank.
+
+    adam, adamw: two moments; sgd: momentum, where there is any; rmsprop: the average square, and momentum; muon: one
+    momentum for the matrices of hidden layers, two moments for the rest; adamw_8bit: two moments of a byte each, with
+    an fp32 scale per 256. fp32, or half of it where engine.optimizer_states is bf16.
+    """
+    name: str = engine.optimizer
+    wide = 2 if engine.optimizer_states == "bf16" else 4
+    own = zero.own(trainable)
+    if name == "sgd":
+        return wide * own * (engine.momentum > 0)
+    if name == "rmsprop":
+        return wide * own * (1 + (engine.momentum > 0))
+    if name == "muon":
+        matrices = zero.own([p for p in trainable if p.is_hidden])
+        return wide * matrices + 2 * wide * (own - matrices)
+    if name == "adamw_8bit":
+        large = zero.own([p for p in trainable if p.numel >= _SMALL_8BIT])
+        return round(2 * large * (1 + 4 / _8BIT_BLOCK)) + 8 * (own - large)
+    return 2 * wide * own
 
 
-def _buffers(trainable: int, total: int, zero_stage: int, low: int) -> int:
-    """Buckets that gradients are reduced in (two from stage 2 on, where reducing overlaps the backward pass), and the
-    weights that stage 3 may hold gathered at a time."""
-    if zero_stage == 0:
+def checkpoint_bytes(parameters: Sequence[Parameter], engine: EngineConfig) -> int:
+    """Size of one checkpoint: fp32 weights of all parameters, the states of the trainable ones, and the average of the
+    weights where one is kept, each once."""
+    trainable = [p for p in parameters if p.trainable]
+    whole = Zero(0, 1, 4, False, 0, False, False, 0, 0, 0, 0)
+    average = 4 * whole.own(trainable) if engine.ema_decay is not None else 0
+    return 4 * whole.own(parameters) + moment_bytes(trainable, engine, whole) + average
+
+
+def _gathered(parameters: Sequence[Parameter], zero: Zero) -> int:
+    """The weights that stage 3 may hold whole at a time, beside those it always does."""
+    if zero.stage < 3:
         return 0
-    buckets = low * min(_BUCKET_ELEMENTS, trainable) * (2 if zero_stage >= 2 else 1)
-    gathered = low * min(_LIVE_ELEMENTS, total) if zero_stage == 3 else 0
-    return buckets + gathered
+    split = sum(p.numel for p in parameters) - zero.persistent(parameters)
+    largest = max((p.numel for p in parameters), default=0)
+    return zero.weight_bytes * min(split, max(zero.live, largest) + zero.prefetch)

@@ -1,161 +1,161 @@
-"""`trichord plan`: what a run will need, before it runs. Parameters are counted on the meta device, without memory."""
+"""`trichord plan`: what a run will need and take, before it runs. No GPU, no weights: the model is shapes alone."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from trichord.batches.config import BatchesConfig
-from trichord.batches.tokenizer import load_tokenizer
-from trichord.checkpoints.config import CheckpointsConfig
 from trichord.core.errors import ConfigError
-from trichord.encoders.config import EncodersConfig
-from trichord.engine.config import EngineConfig
-from trichord.fusion.config import FusionConfig
-from trichord.fusion.model import ROOMS, build_model, param_room
-from trichord.layers.config import LayersConfig
-from trichord.objectives.config import ObjectivesConfig
-from trichord.planning.memory import GIB, ModelStates, checkpoint_bytes, model_states
-from trichord.planning.rows import RowSplit
-from trichord.samples.config import SamplesConfig
+from trichord.planning.assumptions import assumptions
+from trichord.planning.gpus import Fabric, find_gpu
+from trichord.planning.layout import Layout, split_of, states_of
+from trichord.planning.memory import GIB, checkpoint_bytes
+from trichord.planning.roofline import collectives_of, flops_of_rows, model_flops
+from trichord.planning.search import Machine, Outcome, best_layout, judge, scaling
+from trichord.planning.subject import RunToPlan, Subject
+from trichord.planning.workload import find_workload
+from trichord.planning.zero import Zero
 
-# Qwen3's; among the vocabularies in common use a large one, so that a plan without a tokenizer errs on the safe side.
-_ASSUMED_VOCAB_SIZE = 151_936
-_ASSUMED_IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "image_id": 3, "audio_id": 4}
-
-
-class RunToPlan(Protocol):
-    """What a plan reads of a `RunConfig`: the run's identity and the leaves of the rooms."""
-
-    @property
-    def run(self) -> Any: ...
-    @property
-    def samples(self) -> SamplesConfig: ...
-    @property
-    def batches(self) -> BatchesConfig: ...
-    @property
-    def layers(self) -> LayersConfig: ...
-    @property
-    def encoders(self) -> EncodersConfig: ...
-    @property
-    def fusion(self) -> FusionConfig: ...
-    @property
-    def objectives(self) -> ObjectivesConfig: ...
-    @property
-    def engine(self) -> EngineConfig: ...
-    @property
-    def checkpoints(self) -> CheckpointsConfig: ...
+PLAN_FORMAT = 1
+SECONDS_PER_DAY = 86_400
 
 
-def plan(config: RunToPlan, gpus: int, *, vocab_size: int | None = None) -> dict[str, Any]:
-    """Predict parameters, model states per GPU for every ZeRO stage, row split and checkpoint size of a run.
+@dataclass(frozen=True)
+class Question:
+    """What is asked: GPUs, their kind and links, figures of the data, price of a GPU hour."""
 
-    gpus: ranks of the job. vocab_size: None takes the tokenizer's, or an assumed one where it cannot be loaded.
+    gpus: int
+    gpu: str = "h100"
+    gpus_per_node: int = 8
+    node_gb_per_s: float | None = None
+    host_gib: float | None = None
+    stats: Path | None = None
+    price: float | None = None
+    vocab_size: int | None = None
+
+    def machine(self) -> Machine:
+        if self.gpus < 1:
+            raise ConfigError(f"a plan needs at least 1 GPU, got {self.gpus}")
+        if self.price is not None and not self.price > 0:
+            raise ConfigError(f"--price: expected the price of a GPU hour, above 0, got {self.price}")
+        gpu = find_gpu(self.gpu)
+        host = None if self.host_gib is None else round(self.host_gib * GIB)
+        return Machine(gpu, Fabric.of(gpu, self.gpus_per_node, self.node_gb_per_s), host)
+
+
+def plan(config: RunToPlan, question: Question) -> dict[str, Any]:
+    """Predict memory, time and cost of a run, and search for its best layout.
 
     Returns:
-        Plain data, bytes as ints: keys `prediction`, `gpus`, `parameters` (room -> trainable, frozen), `chosen`,
-        `states` (stage -> bytes by kind; only those that the config allows), `rows`, `checkpoint`, `assumptions`,
-        `not_predicted`. `render_plan` makes it readable.
+        Plain data; bytes are ints, times seconds. `memory`, `activations`, `time`, `communication` are of the config's
+        own layout, `best` of the fastest one that fits (None where none does), `scaling` of the best ones on 1 to 4,096
+        GPUs. docs/guides/planning.md lists the keys. `render_plan` makes it readable.
 
     Raises:
-        ConfigError: no GPUs, or the model cannot be built from the config.
+        ConfigError: no GPUs, an unknown GPU, figures that do not belong to the run, or a model that cannot be built.
     """
-    if gpus < 1:
-        raise ConfigError(f"a plan needs at least 1 GPU, got {gpus}")
-    vocabulary, special, vocab_note = _vocabulary(config.batches.tokenizer, vocab_size)
-    parameters = count_parameters(config, vocabulary, special)
-    trainable = sum(room["trainable"] for room in parameters.values())
-    frozen = sum(room["frozen"] for room in parameters.values())
-    split = RowSplit(config.batches.rows_per_step, gpus, config.batches.micro_rows)
-    checkpoint = checkpoint_bytes(trainable, frozen)
+    machine = question.machine()
+    subject = Subject(config, find_workload(config, question.stats), question.vocab_size)
+    chosen = Layout.of(subject)
+    own = judge(subject, chosen, question.gpus, machine)
+    best = best_layout(subject, question.gpus, machine)
+    parameters = subject.count_parameters()
+    checkpoint = checkpoint_bytes(subject.parameters, config.engine)
+    price = question.price
     return {
+        "format": PLAN_FORMAT,
         "prediction": True,
         "run": config.run.name,
-        "gpus": gpus,
-        "vocab_size": vocabulary,
+        "gpus": question.gpus,
+        "gpu": {"key": question.gpu, **asdict(machine.gpu)},
+        "fabric": asdict(machine.fabric),
+        "vocab_size": subject.vocab_size,
         "parameters": parameters,
-        "trainable": trainable,
-        "frozen": frozen,
-        "chosen": {key: getattr(config.engine, key) for key in ("zero_stage", "precision", "offload")},
-        "states": {stage: asdict(states) for stage, states in _all_stages(config, trainable, frozen, gpus).items()},
-        "rows": _rows(config, split),
+        "trainable": sum(room["trainable"] for room in parameters.values()),
+        "frozen": sum(room["frozen"] for room in parameters.values()),
+        "workload": _workload(subject),
+        "precision": config.engine.precision,
+        "optimizer": config.engine.optimizer,
+        "chosen": own.to_json(),
+        "memory": {**own.memory.to_json(), "states_by_kind": asdict(own.states), "fits": own.fits},
+        "states": _all_stages(subject, chosen, question.gpus),
+        "activations": _activations(subject, chosen),
+        "rows": _rows(subject, chosen, question.gpus),
+        "flops": _flops(subject, chosen),
+        "time": {**own.time.to_json(), "mfu_frac": own.mfu_frac, "rule": subject.rule},
+        "communication": _communication(subject, chosen, question.gpus, machine),
+        "cost": _cost(config, own, price),
+        "best": None if best is None else {**best.to_json(), "cost": _cost(config, best, price)},
+        "overlay": None if best is None else best.layout.overlay(),
+        "scaling": [None if o is None else {**o.to_json(), "gpus": o.ranks, "cost": _cost(config, o, price)}
+                    for o in scaling(subject, machine)],
         "checkpoint": {
             "bytes": checkpoint,
-            "per_rank_bytes": checkpoint // gpus,
-            "kept_bytes": checkpoint * (config.checkpoints.keep_last + 1),
+            "per_rank_bytes": checkpoint // question.gpus,
+            "kept_bytes": checkpoint * _kept(config),
         },
-        "assumptions": [vocab_note, *_assumptions(config)],
-        "not_predicted": ["activations", "time of a step", "communication", "days and cost"],
+        "assumptions": assumptions(subject, machine),
+        "not_predicted": ["the loader", "evaluation", "restarts and failed nodes", "compilation"],
+    }  # fmt: skip
+
+
+def _workload(subject: Subject) -> dict[str, Any]:
+    return {
+        "origin": list(subject.workload.origin),
+        "sources": [
+            {
+                "name": source.name,
+                "share": source.share,
+                "images": source.images,
+                "clips": source.clips,
+                "clip_seconds": source.clip_seconds.mean,
+                "text_tokens": min(source.text_tokens.mean, subject.config.batches.row_tokens),
+            }
+            for source in subject.workload.sources
+        ],
+        "row": asdict(subject.useful),
     }
 
 
-def count_parameters(config: RunToPlan, vocab_size: int, special: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Room of the model -> {"trainable", "frozen"}, counted on the meta device; tied weights count once."""
-    with torch.device("meta"):
-        model = build_model(
-            config.encoders, config.fusion, config.objectives, config.samples, config.layers, vocab_size, special
-        )
-    counts = {room: {"trainable": 0, "frozen": 0} for room in ROOMS}
-    for name, parameter in model.named_parameters():
-        counts[param_room(name)]["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
-    return {room: count for room, count in counts.items() if any(count.values())}
-
-
-def render_plan(facts: Mapping[str, Any]) -> str:
-    """A plan as lines for a person. Sizes in GiB (2^30 bytes)."""
-    lines = [f"PREDICTION for {facts['run']!r} on {facts['gpus']} GPUs: computed from the config, not measured", ""]
-    lines += [*_parameter_lines(facts), "", *_state_lines(facts), "", *_row_lines(facts), ""]
-    checkpoint = facts["checkpoint"]
-    lines.append(
-        f"checkpoint        {_gib(checkpoint['bytes'])}, {_gib(checkpoint['per_rank_bytes'])} written per rank, "
-        f"{_gib(checkpoint['kept_bytes'])} of disk while the oldest is replaced"
-    )
-    lines += ["", "assumed", *(f"  - {text}" for text in facts["assumptions"])]
-    lines += ["", f"not predicted yet: {', '.join(facts['not_predicted'])}. Leave room for activations."]
-    return "\n".join(lines)
-
-
-def _vocabulary(tokenizer: str, vocab_size: int | None) -> tuple[int, Mapping[str, int], str]:
-    """(size, special ids, how we know)."""
-    if vocab_size is not None:
-        return vocab_size, _ASSUMED_IDS, f"vocabulary of {vocab_size:,} as given"
-    try:
-        loaded = load_tokenizer(tokenizer)
-    except ConfigError:
-        note = f"tokenizer {tokenizer} is not here: a vocabulary of {_ASSUMED_VOCAB_SIZE:,} is assumed"
-        return _ASSUMED_VOCAB_SIZE, _ASSUMED_IDS, note
-    return loaded.vocab_size, loaded.special_ids, f"vocabulary of {loaded.vocab_size:,} from tokenizer {tokenizer}"
-
-
-def _all_stages(config: RunToPlan, trainable: int, frozen: int, gpus: int) -> dict[int, ModelStates]:
+def _all_stages(subject: Subject, chosen: Layout, gpus: int) -> dict[int, dict[str, int]]:
     """Model states at every stage, with the run's precision and offload where the stage allows them."""
-    engine = config.engine
     found = {}
     for stage in (0, 1, 2, 3):
-        if stage == 0 and (engine.precision in ("bf16", "fp16") or engine.offload != "none"):
-            continue  # refused by the config
-        if stage < 3 and engine.offload == "all":
+        try:
+            layout = Layout(stage, chosen.micro_rows, chosen.offload, chosen.checkpointing)
+            states = states_of(subject, layout, gpus)[1]
+        except ValueError:  # refused by the config
             continue
-        found[stage] = model_states(
-            trainable,
-            frozen,
-            zero_stage=stage,
-            precision=engine.precision,
-            world_size=gpus,
-            offload=engine.offload,
-        )
+        found[stage] = asdict(states) | {"held": states.held, "in_backward": states.in_backward}
     return found
 
 
-def _rows(config: RunToPlan, split: RowSplit) -> dict[str, Any]:
+def _activations(subject: Subject, layout: Layout) -> dict[str, Any]:
+    """Of one micro-batch on a GPU, by room: typical rows, and what the heaviest source's rows take instead."""
+    load = subject.loads[layout.checkpointing]
+    saved = {room: round(size * layout.micro_rows) for room, size in load.saved.items()}
+    source, ratio = subject.heaviest
+    return {
+        "by_room": saved,
+        "bytes": sum(saved.values()),
+        "heaviest_source": source,
+        "heaviest_ratio": ratio,
+        "recomputed_block_bytes": round(load.block * layout.micro_rows),
+        "bytes_per_row": {mode: round(kind.total) for mode, kind in subject.loads.items()},
+    }
+
+
+def _rows(subject: Subject, layout: Layout, gpus: int) -> dict[str, Any]:
+    config, split = subject.config, split_of(subject, layout, gpus)
     better = split.better()
     return {
         "rows_per_step": split.rows,
         "row_tokens": config.batches.row_tokens,
         "tokens_per_step": split.rows * config.batches.row_tokens,
+        "useful_frac": subject.useful.tokens / config.batches.row_tokens,
         "micro_rows": split.micro_rows,
         "accumulation": split.accumulation,
         "wasted_frac": split.wasted_frac,
@@ -166,67 +166,74 @@ def _rows(config: RunToPlan, split: RowSplit) -> dict[str, Any]:
     }
 
 
-def _assumptions(config: RunToPlan) -> list[str]:
-    engine = config.engine
-    low = "2 bytes" if engine.precision in ("bf16", "fp16") else "4 bytes"
+def _flops(subject: Subject, layout: Layout) -> dict[str, Any]:
+    rows = subject.config.batches.rows_per_step
+    rooms = flops_of_rows(subject, layout, 1, rows=rows, useful=True)
+    return {"model": model_flops(subject, layout), "by_room": {room: flops.model for room, flops in rooms.items()}}
+
+
+def _communication(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> dict[str, Any]:
+    """Per step: bytes of the tensors that travel, and what one GPU sends of them."""
+    zero = Zero.of(layout.engine(subject.config.engine), gpus)
+    found = collectives_of(subject, layout, zero)
     lines = [
-        f"weights and gradients {low} an element, fp32 master 4, Adam's two moments 8 "
-        "(ZeRO, Rajbhandari et al. 2020, section 3)",
-        "all ranks are data-parallel",
-        "buffers: DeepSpeed's reduce buckets of 5e8 elements and, at stage 3, up to 1e9 gathered elements, "
-        "or the whole model where that is smaller",
-        "not counted: the CUDA context, fragmentation, and a short-lived fp32 copy of the gradient partition",
+        {**asdict(c), "sent_bytes": round(c.sent(gpus)), "seconds": c.seconds(machine.fabric, gpus)} for c in found
     ]
-    if engine.offload != "none":
-        lines.append("offload keeps master, moments and an fp32 copy of the gradients on the host")
-    if engine.deepspeed:
-        lines.append(f"the overlay engine.deepspeed is not looked at ({', '.join(engine.deepspeed)})")
-    return lines
+    return {"sent_bytes": sum(line["sent_bytes"] for line in lines), "collectives": lines}
 
 
-def _parameter_lines(facts: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'parameters':<18}{'trainable':>16}{'frozen':>16}"]
-    for room, count in facts["parameters"].items():
-        lines.append(f"  {room:<16}{count['trainable']:>16,}{count['frozen']:>16,}")
-    return [*lines, f"  {'sum':<16}{facts['trainable']:>16,}{facts['frozen']:>16,}"]
+def _cost(config: RunToPlan, outcome: Outcome, price: float | None) -> dict[str, Any]:
+    """Of the whole run; None where its length, or the price, is not known."""
+    steps = config.run.max_steps
+    seconds = None if steps is None else steps * outcome.time.total
+    hours = None if seconds is None else seconds * outcome.ranks / 3600
+    return {
+        "days": None if seconds is None else seconds / SECONDS_PER_DAY,
+        "gpu_hours": hours,
+        "price_per_gpu_hour": price,
+        "cost": None if hours is None or price is None else hours * price,
+    }
 
 
-def _state_lines(facts: Mapping[str, Any]) -> list[str]:
-    chosen = facts["chosen"]
-    kinds = ("weights", "gradients", "master", "moments", "buffers")
-    title = f"model states per GPU, {chosen['precision']}, offload {chosen['offload']}"
-    lines = [title, f"  {'':<16}" + "".join(f"{kind:>12}" for kind in (*kinds, "sum", "host"))]
-    for stage, states in facts["states"].items():
-        values = [states[kind] for kind in kinds]
-        mark = " <- chosen" if int(stage) == chosen["zero_stage"] else ""
-        cells = "".join(f"{_gib(value):>12}" for value in (*values, sum(values), states["host"]))
-        lines.append(f"  {'ZeRO-' + str(stage):<16}{cells}{mark}")
-    return lines
+def _kept(config: RunToPlan) -> int:
+    """Checkpoints on the disk at once: those that are kept, and the one that is being written."""
+    kept, steps = config.checkpoints, config.run.max_steps
+    every = getattr(kept, "keep_every_steps", None)
+    landmarks = steps // every if steps is not None and every else 0
+    best: Any = getattr(kept, "keep_best", None)
+    return (kept.keep_last or 0) + landmarks + (best.count if best else 0) + 1
 
 
-def _row_lines(facts: Mapping[str, Any]) -> list[str]:
-    rows = facts["rows"]
-    tokens = f"{rows['row_tokens']:,} tokens = {rows['tokens_per_step']:,} tokens"
-    lines = [
-        f"rows per step     {rows['rows_per_step']} of {tokens}",
-        f"micro-steps       {rows['accumulation']} with {rows['micro_rows']} rows each on every GPU",
-    ]
-    if rows["wasted_frac"] > 0:
-        lines.append(f"empty rows        {100 * rows['wasted_frac']:.1f} % of what is computed")
-    if rows["idle_ranks"]:
-        lines.append(f"idle GPUs         {rows['idle_ranks']}: there are fewer rows than GPUs")
-    if rows["better_micro_rows"]:
-        better = 100 * rows["better_wasted_frac"]
-        lines.append(f"better            batches.micro_rows={rows['better_micro_rows']} leaves {better:.1f} % empty")
-    if rows["max_steps"]:
-        lines.append(
-            f"tokens in all     {rows['max_steps'] * rows['tokens_per_step']:,} in {rows['max_steps']:,} steps"
-        )
-    return lines
+def save_plan(file: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write the plan as JSON, and beside it its best layout as FILE.overlay.yaml, where there is one; returns both.
+
+    Raises:
+        ConfigError: the file is no .json, or cannot be written.
+    """
+    if file.suffix != ".json":
+        raise ConfigError(f"--save {file}: expected a name that ends in .json")
+    written = {file: json.dumps(facts, indent=2) + "\n"}
+    if facts["overlay"] is not None:
+        written[file.with_suffix(".overlay.yaml")] = overlay_text(facts)
+    try:
+        for path, text in written.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--save {file}: cannot be written: {error.strerror}") from error
+    return list(written)
 
 
-def _gib(size: int) -> str:
-    gib = size / GIB
-    if size == 0:
-        return "0"
-    return f"{gib:,.2f} GiB" if gib >= 0.01 else f"{size / 2**20:.2f} MiB"
+def overlay_text(facts: Mapping[str, Any]) -> str:
+    """The best layout as YAML to be laid over the run's config."""
+    best, lines = facts["best"], []
+    lines.append(f"# PREDICTION of `trichord plan` for run {facts['run']} on {facts['gpus']} {facts['gpu']['name']}:")
+    lines.append(f"# {best['step_s']:.3g} s per step, {best['device_bytes'] / GIB:.1f} GiB per GPU, not measured.")
+    for section, values in facts["overlay"].items():
+        lines.append(f"{section}:")
+        lines += [f"  {key}: {_yaml(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

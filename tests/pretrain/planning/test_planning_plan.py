@@ -1,25 +1,44 @@
-"""A plan of a real config: parameters from the meta device, everything labelled as a prediction."""
+"""A plan of a real config: shapes from the meta device, everything labelled as a prediction, the best layout usable."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
 from trichord.fusion.model import build_model
-from trichord.planning.plan import count_parameters, plan, render_plan
+from trichord.planning.gpus import CATALOG, Fabric
+from trichord.planning.layout import Layout
+from trichord.planning.plan import Question, plan, save_plan
+from trichord.planning.render import render_plan
+from trichord.planning.search import Machine, best_layout, judge
+from trichord.planning.subject import Subject
+from trichord.planning.workload import find_workload
 
 IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "image_id": 3, "audio_id": 4}
+TOKENIZER = "batches.tokenizer=nowhere/tokenizer"
+
+
+def config_of(*overrides):
+    return load_run_config("debug/tiny", [TOKENIZER, "engine.zero_stage=2", *overrides])
 
 
 @pytest.fixture(scope="module")
 def config():
-    return load_run_config("debug/tiny", ["engine.zero_stage=2", "batches.tokenizer=nowhere/tokenizer"])
+    return config_of()
 
 
 @pytest.fixture(scope="module")
 def facts(config):
-    return plan(config, gpus=8, vocab_size=100)
+    return plan(config, Question(gpus=8, vocab_size=100, price=2.5))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    config = load_run_config("debug/tiny", [TOKENIZER, "engine.precision=bf16", "engine.zero_stage=1"])
+    config = config.model_copy(update={"batches": config.batches.model_copy(update={"rows_per_step": 64})})
+    return Subject(config, find_workload(config, None), 50_000)
 
 
 def test_the_parameters_are_those_of_the_built_model(config, facts):
@@ -34,45 +53,140 @@ def test_the_parameters_are_those_of_the_built_model(config, facts):
 
 
 def test_frozen_rooms_are_told_apart():
-    frozen = load_run_config("debug/tiny", ["encoders.vision.freeze=true"])
-    count = count_parameters(frozen, 100, IDS)["vision"]
+    frozen = Subject(config_of("encoders.vision.freeze=true"), find_workload(config_of(), None), 100)
+    count = frozen.count_parameters()["vision"]
     assert count["trainable"] == 0
     assert count["frozen"] > 0
 
 
 def test_the_plan_is_data_and_says_it_is_a_prediction(facts):
     assert json.loads(json.dumps(facts))["prediction"] is True
+    assert facts["format"] == 1
     assert list(facts["states"]) == [0, 1, 2, 3]
     assert facts["rows"]["accumulation"] == 1
     assert facts["rows"]["idle_ranks"] == 4
+    assert {"bytes", "per_rank_bytes", "kept_bytes"} <= set(facts["checkpoint"])
+    assert facts["memory"]["device_bytes"] > facts["activations"]["bytes"] > 0
+    assert facts["memory"]["host_bytes"] > 0
+    assert facts["cost"]["cost"] == pytest.approx(2.5 * facts["cost"]["gpu_hours"])
+    assert facts["cost"]["days"] == pytest.approx(10 * facts["time"]["step_s"] / 86_400)
+    assert [outcome["gpus"] for outcome in facts["scaling"]] == [2**power for power in range(13)]
+
+
+def test_a_person_can_read_it(facts):
     text = render_plan(facts)
     for part in (
-        "PREDICTION for 'tiny' on 8 GPUs",
+        "PREDICTION for 'tiny' on 8 x NVIDIA H100",
         "ZeRO-2",
         "<- chosen",
         "idle GPUs         4",
         "75.0 % of what is computed",
         "vocabulary of 100 as given",
-        "not predicted yet: activations, time of a step",
+        "of a typical micro-batch: vision",
+        "communication per step",
+        "best layout that fits",
+        "  4096",
+        "data sheet",
+        "not predicted: the loader",
     ):
         assert part in text, part
     (chosen,) = [line for line in text.splitlines() if "<- chosen" in line]
     assert "ZeRO-2" in chosen
 
 
+def test_every_assumed_number_is_printed(facts):
+    """A change of an assumption that the plan does not tell would be a silent one."""
+    text = " ".join(facts["assumptions"])
+    for part in (
+        "65 %",
+        "35 %",
+        "75 %",
+        "989" if facts["precision"] != "fp32" else "67",
+        "8 %",
+        "1.5 GiB",
+        "4 us",
+        "3 us",
+    ):
+        assert part in text, part
+
+
 def test_stages_that_the_config_refuses_are_left_out():
-    bf16 = load_run_config("debug/tiny", ["engine.zero_stage=1", "engine.precision=bf16"])
-    assert list(plan(bf16, 2, vocab_size=100)["states"]) == [1, 2, 3]
-    offload = load_run_config("debug/tiny", ["engine.zero_stage=3", "engine.offload=all"])
-    assert list(plan(offload, 2, vocab_size=100)["states"]) == [3]
+    assert list(plan(config_of("engine.precision=bf16"), Question(2, vocab_size=100))["states"]) == [1, 2, 3]
+    offload = config_of("engine.zero_stage=3", "engine.offload=all")
+    assert list(plan(offload, Question(2, vocab_size=100))["states"]) == [3]
 
 
 def test_without_its_tokenizer_the_vocabulary_is_assumed_and_said(config):
-    facts = plan(config, 1)
-    assert facts["vocab_size"] == 151_936
-    assert "tokenizer nowhere/tokenizer is not here: a vocabulary of 151,936 is assumed" in render_plan(facts)
+    found = Subject(config, find_workload(config, None))
+    assert found.vocab_size == 151_936
+    assert found.vocab_note == "tokenizer nowhere/tokenizer is not here: a vocabulary of 151,936 is assumed"
 
 
-def test_no_gpus_is_a_mistake(config):
-    with pytest.raises(ConfigError, match="at least 1 GPU, got 0"):
-        plan(config, 0)
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question(0), "at least 1 GPU, got 0"),
+        (Question(1, price=-1.0), "--price: expected the price of a GPU hour, above 0"),
+        (Question(1, gpu="t4"), "--gpu t4: expected one of a100-40"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_built(config, question, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(config, question)
+
+
+def machine_of(gib: float) -> Machine:
+    gpu = replace(CATALOG["h100"], memory_gib=gib)
+    return Machine(gpu, Fabric.of(gpu))
+
+
+def test_what_fits_needs_less_than_there_is_and_the_fastest_of_it_is_chosen(subject):
+    roomy = best_layout(subject, 4, machine_of(80))
+    tight = best_layout(subject, 4, machine_of(3.5))
+    assert roomy is not None
+    assert tight is not None
+    assert (
+        tight.memory.device_bytes <= 3.5 * 2**30 < judge(subject, roomy.layout, 4, machine_of(3.5)).memory.device_bytes
+    )
+    assert roomy.time.total <= tight.time.total
+    assert best_layout(subject, 4, machine_of(1)) is None
+
+
+def test_offloading_is_chosen_only_where_nothing_else_fits(subject):
+    assert best_layout(subject, 4, machine_of(80)).layout.offload == "none"
+    slow = judge(subject, Layout(1, 1, "optimizer", "none"), 4, machine_of(80))
+    fast = judge(subject, Layout(1, 1, "none", "none"), 4, machine_of(80))
+    assert slow.time.total > fast.time.total
+    assert slow.memory.device_bytes < fast.memory.device_bytes
+    assert slow.memory.host_bytes > fast.memory.host_bytes
+
+
+def test_recomputation_trades_memory_for_time(subject):
+    kinds = [judge(subject, Layout(1, 4, "none", mode), 4, machine_of(80)) for mode in ("none", "selective", "full")]
+    activations = [kind.memory.activations for kind in kinds]
+    assert activations == sorted(activations, reverse=True)
+    assert len(set(activations)) == 3
+    assert [kind.time.total for kind in kinds] == sorted(kind.time.total for kind in kinds)
+
+
+def test_the_overlay_is_the_best_layout_and_loads(facts, tmp_path):
+    written = save_plan(tmp_path / "plan.json", facts)
+    assert [path.name for path in written] == ["plan.json", "plan.overlay.yaml"]
+    assert json.loads(written[0].read_text())["best"]["zero_stage"] == facts["best"]["zero_stage"]
+    assert "PREDICTION" in written[1].read_text()
+    config = load_run_config("debug/tiny", [TOKENIZER, str(written[1])])
+    best = facts["best"]
+    assert (config.engine.zero_stage, config.batches.micro_rows) == (best["zero_stage"], best["micro_rows"])
+    assert (config.engine.offload, config.engine.activation_checkpointing) == (
+        best["offload"],
+        best["activation_checkpointing"],
+    )
+    with pytest.raises(ConfigError, match=r"expected a name that ends in .json"):
+        save_plan(tmp_path / "plan.txt", facts)
+
+
+def test_mfu_cannot_pass_what_was_assumed_of_products(subject):
+    """A plan that promises more than its own roofline would be wrong whatever the machine."""
+    for rows in (1, 4, 16):
+        outcome = judge(subject, Layout(1, rows, "none", "none"), 4, machine_of(80))
+        assert 0 < outcome.mfu_frac < CATALOG["h100"].products

@@ -1,0 +1,145 @@
+"""What a step sends: the collectives of ZeRO and of the contrastive objectives, and how long they take.
+
+Bytes are those of the whole tensor that a collective is about. What one of N ranks sends in a ring is
+(N - 1) / N of it for all-gather, reduce-scatter, reduce and broadcast, twice that for an all-reduce (Patarasu and Yuan
+2009). The time is an alpha-beta model: a latency per message and hop, and bytes over the slowest link of the ring.
+
+Volumes per step (Psi gradients in bytes, A micro-steps), as DeepSpeed does it with this project's settings:
+
+    stage 0   all-reduce Psi once
+    stage 1   reduce Psi once, all-gather of the weights once
+    stage 2   reduce Psi A times, all-gather of the weights once
+    stage 3   reduce-scatter Psi A times; all-gather of the split weights for each forward and each backward pass, less
+              what stays gathered between the two; all-gather of small, persistent weights once
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trichord.planning.gpus import Fabric
+from trichord.planning.zero import Parameter, Zero
+
+Op = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce"]
+Beside = Literal["forward", "backward", "nothing"]
+_ROUNDS: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
+TOWERS = ("vision", "audio", "text", "heads")  # what the gradient-free pass of contrastive accumulation runs
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message of a step. bytes: of a whole step; messages: in how many pieces; beside: the computation that
+    it can run beside."""
+
+    what: str
+    op: Op
+    bytes: int
+    messages: int
+    beside: Beside = "nothing"
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that a rank sends in a ring."""
+        return _ROUNDS[self.op] * self.bytes * (ranks - 1) / ranks
+
+    def seconds(self, fabric: Fabric, ranks: int) -> float:
+        """On `ranks` GPUs, each node full before the next is begun.
+
+        Latency: hops of a ring inside the node; between nodes a ring too, but for an all-reduce a tree, twice the
+        logarithm of their number.
+        """
+        if ranks == 1:
+            return 0.0
+        nodes = math.ceil(ranks / fabric.gpus_per_node)
+        rounds = _ROUNDS[self.op]
+        inside = (min(ranks, fabric.gpus_per_node) - 1) * fabric.alpha_inside_s * rounds
+        hops = 2 * math.ceil(math.log2(nodes)) if self.op == "all_reduce" else nodes - 1
+        latency = inside + hops * fabric.alpha_between_s
+        return self.messages * latency + self.sent(ranks) / fabric.ring_bytes_per_s(nodes)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The exchange of contrastive objectives: slots per rank and step, embedding size, modalities, whether towers run
+    once more without gradients (with accumulation)."""
+
+    slots: int
+    embed_dim: int
+    modalities: int
+
+
+def collectives(
+    parameters: Sequence[Parameter], zero: Zero, accumulation: int, features: Features | None
+) -> list[Collective]:
+    """All collectives of one step. A few scalars (counts, norms) are left out."""
+    if zero.ranks == 1:
+        return []
+    found = _gradients(parameters, zero, accumulation)
+    if zero.stage in (1, 2):
+        size = zero.weight_bytes * sum(p.numel for p in parameters if p.trainable)
+        found.append(Collective("updated weights", "all_gather", size, _pieces(size, zero)))
+    if zero.stage == 3:
+        found += _gathers(parameters, zero, accumulation, features)
+    return found + (_feature_exchange(features, zero.ranks) if features is not None else [])
+
+
+def _gradients(parameters: Sequence[Parameter], zero: Zero, accumulation: int) -> list[Collective]:
+    size = zero.gradient_bytes(parameters)
+    op: Op = "all_reduce" if zero.stage == 0 or zero.whole_bucket_all_reduce else "reduce"
+    if zero.stage == 3:
+        op = "reduce_scatter"
+    times = accumulation if zero.stage >= 2 else 1
+    pieces = _pieces(size, zero)
+    if op == "reduce":  # a piece for each rank's part of a bucket
+        pieces = max(pieces, zero.ranks)
+    beside: Beside = "backward" if zero.stage and zero.overlap else "nothing"
+    return [Collective("gradients", op, times * size, times * pieces, beside)]
+
+
+def _gathers(
+    parameters: Sequence[Parameter], zero: Zero, accumulation: int, features: Features | None
+) -> list[Collective]:
+    """Stage 3 gathers a weight for each module that uses it (twice, where it is tied) and lets go of it, unless its
+    next use is near: what a pass of fewer than `reuse` elements uses again stays. The gradient-free passes of
+    contrastive accumulation disturb the order that DeepSpeed has recorded; then nothing stays."""
+    low = zero.weight_bytes
+    split = [p for p in parameters if p.numel >= zero.persistence]
+    uses = sum(p.numel * p.owners for p in split)
+    disturbed = features is not None and accumulation > 1
+    whole = sum(p.numel for p in split)
+    near = min(whole, zero.reuse // 2, zero.live)
+    if near == whole:  # nothing is let go of inside a pass: each weight comes once, tied or not
+        forward, backward = whole, whole if disturbed else 0
+    else:
+        forward, backward = uses, uses - (0 if disturbed else near)
+    pieces = max(1, math.ceil(whole / max(1, zero.prefetch)), len(split) // 4)
+    found = [
+        Collective("weights, forward", "all_gather", low * forward * accumulation, pieces * accumulation, "forward"),
+        Collective("weights, backward", "all_gather", low * backward * accumulation, pieces * accumulation, "backward"),
+    ]
+    if disturbed:
+        towers = sum(p.numel * p.owners for p in split if p.room in TOWERS)
+        found.append(
+            Collective("weights, features", "all_gather", low * towers * accumulation, accumulation, "forward")
+        )
+    if kept := zero.persistent([p for p in parameters if p.trainable]):
+        small = sum(p.numel < zero.persistence and p.trainable for p in parameters)
+        found.append(Collective("small weights", "all_gather", low * kept, small))
+    return [c for c in found if c.bytes]
+
+
+def _feature_exchange(features: Features, ranks: int) -> list[Collective]:
+    """Features of all slots, four int64 facts of each, and the gradients by all candidates (fp32)."""
+    rows = features.slots * ranks
+    gradients = 4 * (rows + 1) * features.embed_dim * features.modalities
+    table = 4 * rows * features.embed_dim * features.modalities + 4 * 8 * rows
+    return [
+        Collective("features", "all_gather", table, features.modalities + 1),
+        Collective("feature gradients", "all_reduce", gradients, 1),
+    ]
+
+
+def _pieces(size: int, zero: Zero) -> int:
+    return max(1, math.ceil(size / (zero.bucket * zero.weight_bytes)))

@@ -1,0 +1,100 @@
+"""The layouts that fit a GPU, and the fastest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trichord.planning.gpus import Fabric, Gpu
+from trichord.planning.layout import Layout, Memory, memory_of, split_of, states_of, usable_bytes
+from trichord.planning.memory import ModelStates
+from trichord.planning.recomputation import MODES
+from trichord.planning.roofline import StepTime, model_flops, step_time
+from trichord.planning.subject import Subject
+
+SCALES = tuple(2**power for power in range(13))  # 1 to 4,096 GPUs
+_MAX_MICRO_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A layout on `ranks` GPUs: what it takes. mfu_frac: model FLOPs over time and the GPUs' peak."""
+
+    layout: Layout
+    ranks: int
+    accumulation: int
+    idle_ranks: int
+    states: ModelStates
+    memory: Memory
+    time: StepTime
+    mfu_frac: float
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "zero_stage": self.layout.zero_stage,
+            "micro_rows": self.layout.micro_rows,
+            "accumulation": self.accumulation,
+            "idle_ranks": self.idle_ranks,
+            "offload": self.layout.offload,
+            "activation_checkpointing": self.layout.checkpointing,
+            "device_bytes": self.memory.device_bytes,
+            "step_s": self.time.total,
+            "mfu_frac": self.mfu_frac,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of a kind, how they are linked, and host memory of a node where it is known."""
+
+    gpu: Gpu
+    fabric: Fabric
+    host_bytes: int | None = None
+
+
+def judge(subject: Subject, layout: Layout, ranks: int, machine: Machine) -> Outcome:
+    """Memory and time of one layout.
+
+    Raises:
+        ValueError: the config refuses the layout.
+    """
+    zero, states = states_of(subject, layout, ranks)
+    memory = memory_of(subject, layout, states, ranks, machine.fabric.gpus_per_node)
+    time = step_time(subject, layout, zero, states, machine.gpu, machine.fabric)
+    peak = machine.gpu.fp32_tflops if subject.config.engine.precision == "fp32" else machine.gpu.bf16_tflops
+    mfu = model_flops(subject, layout) / (time.total * ranks * 1e12 * peak)
+    fits = memory.device_bytes <= usable_bytes(machine.gpu)
+    fits = fits and (machine.host_bytes is None or memory.host_bytes <= machine.host_bytes)
+    split = split_of(subject, layout, ranks)
+    return Outcome(layout, ranks, split.accumulation, split.idle_ranks, states, memory, time, mfu, fits)
+
+
+def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
+    """All layouts that the config allows: every stage, offload and kind of activation checkpointing, and as many rows
+    per micro-step as do not leave more rows empty than one row per micro-step does."""
+    rows = -(-subject.config.batches.rows_per_step // ranks)
+    # Only divisors of a rank's rows: others would compute empty ones.
+    sizes = [size for size in range(1, min(rows, _MAX_MICRO_ROWS) + 1) if rows % size == 0]
+    for stage in (0, 1, 2, 3):
+        for offload in ("none", "optimizer", "all"):
+            for mode in MODES:
+                try:
+                    Layout(stage, 1, offload, mode).engine(subject.config.engine)
+                except ValueError:
+                    continue
+                yield from (Layout(stage, size, offload, mode) for size in sizes)
+
+
+def best_layout(subject: Subject, ranks: int, machine: Machine) -> Outcome | None:
+    """The fastest layout that fits; of equally fast ones that with the most memory left; None where none fits."""
+    outcomes = (judge(subject, layout, ranks, machine) for layout in layouts(subject, ranks))
+    fitting = [outcome for outcome in outcomes if outcome.fits]
+    return min(fitting, key=lambda o: (round(o.time.total, 4), o.memory.device_bytes), default=None)
+
+
+def scaling(subject: Subject, machine: Machine) -> list[Outcome | None]:
+    """The best layout on each number of GPUs of `SCALES`, the same global batch throughout."""
+    return [best_layout(subject, ranks, machine) for ranks in SCALES]

@@ -1,0 +1,72 @@
+"""Volumes and times of collectives: rings by hand, and the volumes of the ZeRO paper."""
+
+import pytest
+
+from trichord.core.errors import ConfigError
+from trichord.engine.config import EngineConfig
+from trichord.planning.comms import Collective, Features, collectives
+from trichord.planning.gpus import CATALOG, Fabric, find_gpu
+from trichord.planning.zero import Parameter, Zero
+
+PSI = 10**9
+FABRIC = Fabric(8, link_gb_per_s=400, node_gb_per_s=200, share=0.5, alpha_inside_s=1e-6, alpha_between_s=1e-5)
+
+
+def sent(stage: int, accumulation: int = 1, features=None, ranks=64) -> float:
+    """Bytes that a rank sends, in units of the bf16 weights."""
+    engine = EngineConfig(zero_stage=stage, precision="bf16" if stage else "autocast_bf16")
+    parameters = [Parameter("trunk", PSI // 100, True, 1, True, True, False) for _ in range(100)]
+    found = collectives(parameters, Zero.of(engine, ranks), accumulation, features)
+    return sum(c.sent(ranks) for c in found) / (ranks - 1) * ranks / PSI / (2 if stage else 4)
+
+
+def test_the_volumes_of_the_zero_paper():
+    """Section 7: without ZeRO and up to stage 2 twice the model, at stage 3 three times, less what stays gathered."""
+    assert sent(0) == pytest.approx(2)
+    assert sent(1) == pytest.approx(2)
+    assert sent(2) == pytest.approx(2)
+    kept = 0.5  # of 1e9 weights, those whose next use is within 1e9 elements
+    assert sent(3) == pytest.approx(3 - kept)
+
+
+def test_accumulation_costs_stage_2_and_3_but_not_1():
+    assert sent(1, accumulation=4) == pytest.approx(2)
+    assert sent(2, accumulation=4) == pytest.approx(4 + 1)
+    assert sent(3, accumulation=4) == pytest.approx(4 * 2.5)
+
+
+def test_one_gpu_sends_nothing():
+    assert collectives([], Zero.of(EngineConfig(), 1), 4, None) == []
+
+
+def test_features_of_all_ranks_are_exchanged():
+    found = collectives([], Zero.of(EngineConfig(zero_stage=1), 4), 1, Features(slots=32, embed_dim=64, modalities=2))
+    sizes = {c.what: c.bytes for c in found}
+    assert sizes["features"] == 4 * 32 * 4 * 64 * 2 + 32 * 4 * 32
+    assert sizes["feature gradients"] == 4 * (4 * 32 + 1) * 64 * 2
+
+
+def test_time_inside_a_node_is_latency_and_bandwidth_of_a_ring():
+    all_reduce = Collective("gradients", "all_reduce", 8 * 10**9, 1)
+    assert all_reduce.seconds(FABRIC, 8) == pytest.approx(2 * 7e-6 + 2 * 7 / 8 * 8 / 200)
+    assert Collective("weights", "all_gather", 8 * 10**9, 10).seconds(FABRIC, 8) == pytest.approx(10 * 7e-6 + 7 / 200)
+
+
+def test_time_between_nodes_has_the_nodes_network():
+    """Four nodes: the slower link, three hops of a ring; an all-reduce goes up and down a tree of two levels."""
+    gather = Collective("weights", "all_gather", 8 * 10**9, 1)
+    assert gather.seconds(FABRIC, 32) == pytest.approx(7e-6 + 3e-5 + 31 / 32 * 8 / 100)
+    reduce = Collective("gradients", "all_reduce", 8 * 10**9, 1)
+    assert reduce.seconds(FABRIC, 32) == pytest.approx(2 * 7e-6 + 4e-5 + 2 * 31 / 32 * 8 / 100)
+
+
+def test_an_unknown_gpu_is_named_with_the_nearest():
+    assert find_gpu("H100") is CATALOG["h100"]
+    with pytest.raises(ConfigError, match=r"--gpu h1000: expected one of a100-40, .*; did you mean h100\?"):
+        find_gpu("h1000")
+
+
+def test_the_users_overlay_counts():
+    overlay = {"zero_optimization": {"stage3_max_reuse_distance": 7, "stage3_prefetch_bucket_size": 5}}
+    zero = Zero.of(EngineConfig(zero_stage=3, deepspeed=overlay), 8)
+    assert (zero.reuse, zero.prefetch) == (7, 5)
