@@ -58,6 +58,8 @@ MAY_CHANGE_ON_RESUME = (
     "engine.activation_checkpointing",
     "engine.checkpoint_every_blocks",
     "engine.zero_init",
+    "engine.nvme_path",
+    "engine.hpz_ranks",
     "engine.max_bad_steps",
     "engine.timeout_s",
     "engine.heartbeat_timeout_s",

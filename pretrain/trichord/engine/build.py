@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.dist import RankFacts, rank_facts
+from trichord.core.errors import ConfigError
+from trichord.core.log import get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
@@ -20,10 +22,12 @@ from trichord.engine.muon import Muon
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, fused_matrices, rate_of
 from trichord.engine.partition import hand_over
-from trichord.layers.initial import OwnSlices
 from trichord.engine.wire import wire_meter
+from trichord.layers.initial import OwnSlices
 from trichord_kernels.tables.agree import agree_on_tables
 
+
+log = get_logger(__name__)
 
 # Of the parameters that the model computes with.
 COMPUTE_DTYPES = {
@@ -116,7 +120,11 @@ def build_engine(
     deepspeed = _import_deepspeed()
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
-    config = deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps)
+    _check_ranks(engine, dist.get_world_size())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = deepspeed_config(
+        engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps, num_parameters=num_parameters
+    )
     if slices is not None:
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
@@ -127,6 +135,22 @@ def build_engine(
         optimizer.place(matrix_rounds(built, lambda parameter: parts[id(parameter)]))
     built.weight_average = WeightAverage(built, engine.ema_decay) if engine.ema_decay is not None else None
     return built
+
+
+def _check_ranks(engine: EngineConfig, world_size: int) -> None:
+    """What the config alone cannot know, and what nobody has tried.
+
+    Raises:
+        ConfigError: `engine.hpz_ranks` does not divide the job.
+    """
+    if world_size % engine.hpz_ranks:
+        raise ConfigError(
+            f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; set it to "
+            "the ranks of a node, or to 1"
+        )
+    untested = {"engine.hpz_ranks": engine.hpz_ranks > 1, "engine.nvme_path": engine.nvme_path is not None}
+    for key in (key for key, is_set in untested.items() if is_set):
+        log.warning("%s is passed on to DeepSpeed as it is; no test of this version covers it on real hardware", key)
 
 
 def apply_timeout(timeout_s: float) -> None:

@@ -87,6 +87,11 @@ class EngineConfig(Leaf):
     """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
     offload_optimizer: Literal["deepspeed", "torch"] = "deepspeed"
     """adamw and adam under `offload`: DeepSpeed's CPU Adam (C++, built at the first use), or torch's."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe disk: what `offload` names goes there instead of host memory. Stage 3. Untested."""
+    hpz_ranks: int = Field(default=1, ge=1)
+    """Stage 3: keep a second copy of the weights in slices over so many ranks, those of a node, and gather from it in
+    the backward pass (hpZ of ZeRO++). Untested on more than one node."""
     deepspeed: dict[str, Any] = {}
     """Overlay on the DeepSpeed JSON that is derived from this leaf; a conflict is an error."""
 
@@ -119,6 +124,13 @@ class EngineConfig(Leaf):
             )
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload 'all' moves parameters and needs zero_stage 3, got {self.zero_stage}")
+        if self.nvme_path is not None and (self.offload == "none" or self.zero_stage != 3):
+            raise ValueError(
+                f"nvme_path says where offload goes and needs zero_stage 3, got offload {self.offload!r} at stage "
+                f"{self.zero_stage}; set offload to optimizer or all, or leave nvme_path out"
+            )
+        if self.hpz_ranks > 1 and self.zero_stage != 3:
+            raise ValueError(f"hpz_ranks is a second copy of ZeRO-3's slices and needs zero_stage 3, got {self.zero_stage}")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3, got 0")
         return self

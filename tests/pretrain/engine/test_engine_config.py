@@ -4,7 +4,7 @@ import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.engine.config import EngineConfig
-from trichord.engine.deepspeed_config import deepspeed_config
+from trichord.engine.deepspeed_config import bucket_elements, deepspeed_config
 
 
 def derive(**engine):
@@ -29,6 +29,52 @@ def test_stage_2_bf16_snapshot():
         "steps_per_print": 2147483647,
         "bf16": {"enabled": True},
     }
+
+
+def test_stage_3_snapshot_of_what_goes_over_the_wire():
+    engine = EngineConfig(zero_stage=3, hpz_ranks=8, offload="optimizer", nvme_path="/nvme")
+    config = deepspeed_config(engine, micro_rows=2, grad_accum_steps=3, num_parameters=9_000_000_000)
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 500_000_000,
+        "allgather_bucket_size": 500_000_000,
+        "use_multi_rank_bucket_allreduce": False,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        "zero_hpz_partition_size": 8,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme", "pin_memory": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "expected"),
+    [(1, 2**24), (2**28, 2**24), (2**29 + 5, 2**25), (7_000_000_000, 2**28), (70_000_000_000, 500_000_000)],
+)
+def test_messages_grow_with_the_model(num_parameters, expected):
+    assert bucket_elements(num_parameters) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"zero_stage": 2, "hpz_ranks": 2}, "needs zero_stage 3, got 2"),
+        ({"zero_stage": 3, "nvme_path": "/nvme"}, "got offload 'none' at stage 3"),
+        ({"zero_stage": 1, "offload": "optimizer", "nvme_path": "/nvme"}, "at stage 1"),
+        (
+            {"zero_stage": 3, "activation_checkpointing": "selective", "checkpoint_every_blocks": 2},
+            "got checkpoint_every_blocks 2",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**wrong)
+
+
+def test_switches_of_older_runs_are_read():
+    assert EngineConfig.model_validate({"activation_checkpointing": True}).activation_checkpointing == "full"
+    assert EngineConfig.model_validate({"activation_checkpointing": False}).activation_checkpointing == "none"
 
 
 def test_stage_0_leaves_clipping_to_us():
