@@ -187,6 +187,14 @@ def test_checkpoints_that_are_there_take_room_already(ready):
     assert "(as step-000005)" in found["detail"]
 
 
+def test_all_checkpoints_that_will_be_kept_take_room(ready):
+    """The last 3 and the one being written; 4 that stay for good; the best 2."""
+    keep = ("checkpoints.keep_every_steps=5", "run.max_steps=20", "checkpoints.keep_best.metric=train/loss")
+    _, findings = ready.preflight("--plan", plan(ready, 10), *keep, "checkpoints.keep_best.count=2")
+    told = next(finding for finding in findings if finding["check"] == "disk")["detail"]
+    assert "10 checkpoints of 10 B (PREDICTION of plan.json)" in told
+
+
 def test_a_clashing_port_is_found(ready):
     with socket.socket() as taken:
         taken.bind(("", 0))

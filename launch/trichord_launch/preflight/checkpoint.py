@@ -34,7 +34,9 @@ def check_checkpoint(config: RunConfig) -> list[Finding]:
     try:
         folder = inspect_run_folder(config)
         if folder.kind == "fresh":
-            return [Finding("checkpoint", "pass", f"none in {folder.path}: a new run")]
+            mirror = config.checkpoints.mirror
+            asked = f"; the mirror {mirror} is asked when it starts" if mirror else ""
+            return [Finding("checkpoint", "pass", f"none in {folder.path}: a new run{asked}")]
         return _go_on(config, folder)
     except TrichordError as error:
         return [of_error("checkpoint", error, _OWN)]

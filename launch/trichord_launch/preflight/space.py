@@ -57,10 +57,9 @@ def checkpoints_on_disk(config: RunConfig) -> int:
     """How many there are at most at one time: those that are kept, and the one being written."""
     leaf = config.checkpoints
     kept = leaf.keep_last + 1
-    every, best = getattr(leaf, "keep_every_steps", None), getattr(leaf, "keep_best", None)
-    if every and config.run.max_steps:
-        kept += config.run.max_steps // every
-    return kept + (best.count if best else 0)
+    if leaf.keep_every_steps and config.run.max_steps:
+        kept += config.run.max_steps // leaf.keep_every_steps
+    return kept + (leaf.keep_best.count if leaf.keep_best else 0)
 
 
 def least_bytes(config: RunConfig) -> int:
@@ -94,7 +93,7 @@ def vocabulary(config: RunConfig) -> int:
 def _state_bytes(config: RunConfig) -> int:
     """Of the optimizer, for one element that learns."""
     states = _STATE_BYTES.get(config.engine.optimizer, 0)
-    return states // 2 if getattr(config.engine, "optimizer_states", "fp32") == "bf16" else states
+    return states // 2 if config.engine.optimizer_states == "bf16" else states
 
 
 def _bytes_in(folder: Path) -> int:
