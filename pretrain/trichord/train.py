@@ -145,8 +145,8 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             stepper.clock.enter("save")
+            recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state, recorder.newest)
-            recording.checkpoint(progress.step)
         record_saves(saver, recorder)
 
     # The end: the last checkpoint is on disk before anybody leaves.
