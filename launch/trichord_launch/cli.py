@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,6 +41,36 @@ def local(
         typer.echo(show_local(config, overrides or (), procs=procs))
         return
     verdict = launch_local(config, overrides or (), procs=procs, max_restarts=max_restarts)
+    if verdict.outcome != "failed":  # of a failure the supervisor has told, with the reason
+        typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def hosts(
+    config: Annotated[str, typer.Argument(help="Run config: a YAML file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values on top of it: engine.lr=3e-4 ...")] = None,
+    hosts: Annotated[str | None, typer.Option("--hosts", help="n1,n2,n3: the first hosts the rendezvous.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Or a file with one host per line.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Cluster file with facts about them, or the name of one.")] = None,
+    procs: Annotated[int | None, typer.Option(help="Processes per host. Default: one per GPU.")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="A file for `ssh -F`.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often a crashed run is started again.")] = 0,
+    start: Annotated[bool, typer.Option("--start", help="Start it. Without this it is only shown.")] = False,
+) -> None:
+    """Train on hosts without a scheduler, over ssh: show the commands, or start them with --start.
+
+    The hosts share a file system, and ssh reaches them without a password. Ctrl-C saves a checkpoint and stops; pressed
+    twice it kills. Exit codes as of `local`.
+    """
+    from trichord_launch import hosts as target
+
+    request = target.Request(config, target.read_hosts(hosts, hostfile), overrides or (), cluster, procs, ssh_config)
+    if not start:
+        typer.echo(target.show_hosts(request))
+        typer.echo("shown only; --start starts it", err=True)
+        return
+    verdict = target.launch_hosts(request, max_restarts=max_restarts)
     if verdict.outcome != "failed":  # of a failure the supervisor has told, with the reason
         typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
     raise typer.Exit(verdict.exit_code)

@@ -28,18 +28,27 @@ CommandOf = Callable[[int, bool], Command]
 """(attempt number, whether it is a restart) -> what to start."""
 
 
+def ask_local_ranks(runner: int) -> str:
+    """Ask the ranks below torchrun on this machine; what was done."""
+    ranks = ask_to_stop(runner)
+    return f"asked {ranks} ranks to save and stop" if ranks else "stopping before training began"
+
+
 def supervise(
     folder: Path,
     command_of: CommandOf,
     *,
     max_restarts: int = 0,
     restart_pause_s: float = 2.0,
-    leftover_grace_s: float = 15.0,
+    leftover_grace_s: float = 5.0,
+    ask: Callable[[int], str] = ask_local_ranks,
+    kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Verdict:
     """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the ranks to save and stop; a second Ctrl-C kills them.
+    ask: how the process of a command is asked (its id in, what to tell the user out); kill: how it is ended.
 
     Raises:
         ConfigError: another launcher holds the run, or the folder cannot be written.
@@ -49,7 +58,7 @@ def supervise(
         while True:
             attempt = next_attempt(folder)
             command = command_of(attempt, bool(failures))
-            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, say)
+            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, ask, kill, say)
             if verdict.outcome != "failed":
                 return verdict
             say(f"attempt {attempt} failed at step {verdict.step}: {verdict.reason}")
@@ -119,6 +128,8 @@ def _run_attempt(
     command: Command,
     signals: StopSignals,
     leftover_grace_s: float,
+    ask: Callable[[int], str],
+    kill: Callable[[subprocess.Popen], None],
     say: Callable[[str], None],
 ) -> Verdict:
     """One start, from its record to its verdict."""
@@ -132,21 +143,27 @@ def _run_attempt(
         preexec_fn=die_with_launcher(),
     )
     try:
-        returncode = _wait(process, signals, say)
+        returncode = _wait(process, signals, ask, kill, say)
     finally:
         if process.poll() is None:
-            process.kill()
+            kill(process)
             process.wait()
         leftovers = end_leftovers(launch_id, 0.0 if signals.kill else leftover_grace_s)
     if leftovers:
         say(f"ended {len(leftovers)} processes that the job had left running")
-    verdict = judge(folder, signals.received[0] if signals.received else None, first_death(record))
+    verdict = judge(folder, signals.received[0] if signals.received else None, first_death(record) or _death_of_torchrun(returncode))
     seconds = round(time.monotonic() - started, 3)
     end_attempt(folder, attempt, verdict, {"torchrun_exit_code": returncode, "seconds": seconds})
     return verdict
 
 
-def _wait(process: subprocess.Popen, signals: StopSignals, say: Callable[[str], None]) -> int:
+def _wait(
+    process: subprocess.Popen,
+    signals: StopSignals,
+    ask: Callable[[int], str],
+    kill: Callable[[subprocess.Popen], None],
+    say: Callable[[str], None],
+) -> int:
     """Wait for torchrun; pass the first signal on as save-and-stop, and kill on a second Ctrl-C."""
     asked = False
     while True:
@@ -154,12 +171,10 @@ def _wait(process: subprocess.Popen, signals: StopSignals, say: Callable[[str], 
             return process.wait(timeout=0.1)
         if signals.received and not asked:
             asked = True
-            ranks = ask_to_stop(process.pid)
-            name = signal.Signals(signals.received[0]).name
-            say(f"{name}: asked {ranks} ranks to save and stop" if ranks else f"{name}: stopping before training began")
+            say(f"{signal.Signals(signals.received[0]).name}: {ask(process.pid)}")
         if signals.kill:
             say("Ctrl-C again: killing the job")
-            process.kill()
+            kill(process)
             return process.wait()
 
 

@@ -106,6 +106,7 @@ def fake_slurm(tmp_path, monkeypatch):
 def verbs_without_torch():
     return [
         (["local", "CONFIG", "--procs", "1", "--dry-run"], "trichord_launch.torchrun"),
+        (["hosts", "CONFIG", "--hosts", "n1,n2", "--procs", "1"], "--rdzv-endpoint n1:"),
         (["slurm", "CONFIG", "--cluster", "CLUSTER"], "trichord_launch.batch"),
         (["slurm", "CONFIG", "--cluster", "CLUSTER", "--submit"], "8"),
         (["preflight", "CONFIG", "--cluster", "CLUSTER", "--nodes", "2", "--dry-run"], "preflight.allocation"),

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 _LINE_BYTES = 1024
 _HEAD = struct.Struct("<QqdH")  # version, odd while it is being written; process id; since; bytes of text
 _VERSION = struct.Struct("<Q")
+_TEXT_BYTES = _LINE_BYTES - _HEAD.size
 _SEPARATOR = "\x1f"
+_now, _thread = time.monotonic, threading.get_ident  # looked up once: this runs for every member that is read
 
 
 class Phase(NamedTuple):
@@ -52,7 +54,7 @@ _line: _Line | None = None
 
 def set_phase(name: str, **facts: Any) -> None:
     """This thread now does `name`, until it says something else."""
-    _enter(Phase(name, facts, time.monotonic()))
+    _enter(Phase(name, facts, _now()))
 
 
 class phase:  # noqa: N801  (reads as a verb at the place of use)
@@ -148,7 +150,7 @@ def worker_phases() -> list[Worker]:
 
 
 def _enter(now: Phase) -> None:
-    _phases[threading.get_ident()] = now
+    _phases[_thread()] = now
     if _line is not None:
         _line.write(now)
 
@@ -160,12 +162,14 @@ class _Line:
         self._memory, self._at, self._pid, self._version = memory, at, os.getpid(), 1
 
     def write(self, now: Phase) -> None:
-        text = f"{now.name}{''.join([f'{_SEPARATOR}{name}={value}' for name, value in now.facts.items()])}"
-        data = text.encode("utf-8", "replace")[: _LINE_BYTES - _HEAD.size]
-        head = _HEAD.pack(self._version, self._pid, now.since, len(data))
-        self._memory[self._at : self._at + _HEAD.size + len(data)] = head + data
-        _VERSION.pack_into(self._memory, self._at, self._version + 1)
-        self._version += 2
+        text = now.name
+        for name, value in now.facts.items():
+            text += f"{_SEPARATOR}{name}={value}"
+        data = text.encode("utf-8", "replace")[:_TEXT_BYTES]
+        at, size, version = self._at, len(data), self._version
+        self._memory[at : at + _HEAD.size + size] = _HEAD.pack(version, self._pid, now.since, size) + data
+        _VERSION.pack_into(self._memory, at, version + 1)
+        self._version = version + 2
 
 
 def _forget_parent() -> None:

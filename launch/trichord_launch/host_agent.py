@@ -1,0 +1,86 @@
+"""What ssh starts on a host: `python -m trichord_launch.host_agent PYTHON-WORDS ...`, around torchrun.
+
+Reads what the launcher says from standard input: a line `stop` asks the ranks to save and stop, `kill` ends them. When
+the connection is gone so is the launcher, or the network: the ranks are asked to save and stop, as when a launcher on
+their own machine dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+
+from trichord_launch.node import threads_per_rank
+from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
+
+_LEFTOVER_GRACE_S = 5.0
+
+
+class Agent:
+    """Holds one torchrun on this host."""
+
+    def __init__(self, words: list[str]):
+        self._launch_id = secrets.token_hex(8)
+        self._killed = False
+        environ = {**os.environ, LAUNCH_ID: self._launch_id}
+        environ["OMP_NUM_THREADS"] = threads_per_rank(environ, len(os.sched_getaffinity(0)))
+        tools = os.path.dirname(os.path.abspath(sys.executable))  # ninja, which DeepSpeed calls by name
+        environ["PATH"] = f"{tools}:{environ.get('PATH', '')}"
+        self._process = subprocess.Popen(
+            [sys.executable, *words],
+            stdin=subprocess.DEVNULL,
+            env=environ,
+            start_new_session=True,  # the end of the ssh session is no signal to the ranks
+            preexec_fn=die_with_launcher(),
+        )
+
+    def listen(self, lines: Iterable[str]) -> None:
+        """Do what the launcher says, until it says nothing more."""
+        for line in lines:
+            if line.strip() == "stop":
+                self._stop("asked to stop")
+            elif line.strip() == "kill":
+                return self._kill()
+        self._stop("the launcher is gone")
+
+    def wait(self) -> int:
+        """Until torchrun has ended, and nothing of it is left; returns its exit code."""
+        code = self._process.wait()
+        left = end_leftovers(self._launch_id, 0.0 if self._killed else _LEFTOVER_GRACE_S)
+        if left:
+            _say(f"ended {len(left)} processes that the job had left running")
+        return code
+
+    def _stop(self, why: str) -> None:
+        if self._process.poll() is None:
+            ranks = ask_to_stop(self._process.pid)
+            _say(f"{why}: {ranks} ranks are to save and stop" if ranks else f"{why}: before training began")
+
+    def _kill(self) -> None:
+        self._killed = True
+        self._process.kill()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        print(f"trichord-launch: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Until torchrun has ended."""
+    for number in (signal.SIGHUP, signal.SIGPIPE):  # what sshd sends when the connection breaks
+        signal.signal(number, signal.SIG_IGN)
+    agent = Agent(sys.argv[1:])
+    threading.Thread(target=agent.listen, args=(sys.stdin,), daemon=True).start()
+    code = agent.wait()
+    os._exit(code if code >= 0 else 128 - code)  # the thread may be waiting for a line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

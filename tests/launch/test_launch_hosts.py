@@ -1,0 +1,227 @@
+"""Runs on a list of hosts, over a real ssh: finish, stop, kill, crash, a host that is gone, a launcher that dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hosts_world import HOSTS, missing, start_sshd
+from typer.testing import CliRunner
+
+from trichord.core.errors import ConfigError
+from trichord.core.status import read_status
+from trichord_launch.cli import app
+from trichord_launch.host_command import HostsJob, host_environment, train_commands
+from trichord_launch.hosts import Request, launch_hosts, read_hosts, show_hosts
+from trichord_launch.job import NodeCheck
+
+HERE = Path(__file__).parent
+LIMIT_S = 90.0
+CONFIG = "runs/quickstart.yaml"
+
+needs_ssh = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory):
+    running = start_sshd(tmp_path_factory.mktemp("ssh"))
+    yield running
+    running.server.terminate()
+    running.server.wait()
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a config and a cluster file; the current one."""
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(__file__).resolve().parents[2] / "configs" / CONFIG
+    (tmp_path / "run.yaml").write_text(shipped.read_text().replace("name: quickstart", "name: far"))
+    (tmp_path / "pair.yaml").write_text(
+        f"name: pair\nnodes: 2\ngpus_per_node: 1\nnetwork_interface: lo\npython: {sys.executable}\n"
+        "env: {FROM_CLUSTER: 'two words'}\nsetup: ['export FROM_SETUP=yes']\n"
+    )
+    return tmp_path
+
+
+class Far:
+    """A launcher on two hosts, in a process of its own."""
+
+    def __init__(self, world, ssh, plan, max_restarts=0, hosts=HOSTS):
+        words = [str(HERE / "fake_hosts_launcher.py"), "run.yaml", str(ssh.config), "pair.yaml", ",".join(hosts), plan]
+        self.folder = world / "runs" / "far"
+        self.process = subprocess.Popen(
+            [sys.executable, *words, str(max_restarts)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self):
+        try:
+            self.said = self.process.communicate(timeout=LIMIT_S)[0]
+        finally:
+            self.process.kill()
+        return self.process.returncode
+
+    def ready(self):
+        """Process ids of both ranks, once they run."""
+        files = [self.folder / f"ready.{rank}" for rank in (0, 1)]
+        wait_for(lambda: all(file.exists() for file in files))
+        return [int(file.read_text().split()[1]) for file in files]
+
+
+def wait_for(condition, limit_s=60.0):
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def log(folder, host, attempt=1):
+    return (folder / "attempts" / str(attempt) / "hosts" / f"{host}.log").read_text()
+
+
+@needs_ssh
+def test_a_run_finishes_and_each_host_has_its_log(world, ssh):
+    far = Far(world, ssh, "finish")
+    assert far.wait() == 0, far.said
+    assert read_status(far.folder).outcome == "finished"
+    assert "rank 0 begins" in log(far.folder, HOSTS[0])
+    assert "rank 1 begins" in log(far.folder, HOSTS[1])
+    assert "rank 0 begins" in far.said
+    assert "rank 1 begins" not in far.said, "only the first host is shown"
+
+
+@needs_ssh
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_reaches_the_ranks_of_all_hosts_once(world, ssh, number):
+    far = Far(world, ssh, "wait")
+    far.ready()
+    far.process.send_signal(number)
+    assert far.wait() == 75, far.said
+    assert [(far.folder / f"signals.{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+@needs_ssh
+def test_a_second_ctrl_c_leaves_nothing_running(world, ssh):
+    far = Far(world, ssh, "deaf")
+    ranks = far.ready()
+    for _ in range(2):
+        far.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert far.wait() == 130, far.said
+    wait_for(lambda: not any(alive(pid) for pid in ranks), 15)
+
+
+@needs_ssh
+def test_a_crash_ends_the_others_and_starts_again_from_the_checkpoint(world, ssh):
+    far = Far(world, ssh, "crash@7,finish", max_restarts=2)
+    assert far.wait() == 0, far.said
+    assert "attempt 1 failed" in far.said
+    assert "starting again from the last checkpoint (1 of 2)" in far.said
+
+
+@needs_ssh
+def test_ranks_save_when_the_launcher_is_gone(world, ssh):
+    """As when the machine with the launcher dies: the connections break."""
+    far = Far(world, ssh, "wait")
+    ranks = far.ready()
+    os.killpg(far.process.pid, signal.SIGKILL)
+    wait_for(lambda: not any(alive(pid) for pid in ranks), 30)
+    assert read_status(far.folder).outcome == "stopped"
+    assert [(far.folder / f"signals.{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+@needs_ssh
+def test_a_host_that_cannot_be_reached_is_named_and_nothing_starts(world, ssh):
+    far = Far(world, ssh, "finish", hosts=(HOSTS[0], "127.0.0.9"))
+    assert far.wait() == 2
+    assert "1 of 2 hosts cannot train" in far.said
+    assert "127.0.0.9: ssh cannot reach it" in far.said
+    assert not (far.folder / "attempts").exists()
+
+
+@needs_ssh
+def test_a_host_that_is_not_fit_is_named(world, ssh):
+    request = Request("run.yaml", HOSTS, cluster="pair.yaml", procs=1, ssh_config=ssh.config)
+    with pytest.raises(ConfigError, match=r"2 of 2 hosts cannot train.*\n  127.0.0.1: .*ended with 3"):
+        launch_hosts(request, check=NodeCheck(commands=("exit 3",)))
+    with pytest.raises(ConfigError, match=r"GiB free in .*1e[+]09 wanted"):
+        launch_hosts(request, check=NodeCheck(min_disk_free_gib=1e9))
+
+
+@needs_ssh
+def test_what_the_cluster_file_says_reaches_the_ranks(world, ssh):
+    far = Far(world, ssh, "finish")
+    assert far.wait() == 0, far.said
+    assert "rank 1 begins, FROM_CLUSTER two words, FROM_SETUP yes" in log(far.folder, HOSTS[1])
+
+
+def test_shown_first_and_nothing_is_written(world):
+    done = CliRunner().invoke(
+        app, ["hosts", "run.yaml", "engine.lr=1e-3", "--hosts", "n1,me@n2", "--cluster", "pair.yaml", "--procs", "4"]
+    )
+    assert done.exit_code == 0, done.output
+    assert not (world / "runs").exists()
+    assert "--rdzv-endpoint n1:2" in done.output
+    assert "--local-addr n2" in done.output
+    assert "engine.lr=1e-3" in done.output
+
+
+def test_only_the_first_host_hosts_the_rendezvous():
+    job = HostsJob(Path("/r"), "far", "c.yaml", (), ("n1", "n2", "n3"), 8, 2, 20007, Path("/w"), "python")
+    commands = train_commands(job)
+    assert ["is_host=true" in " ".join(words) for words in commands.values()] == [True, False, False]
+    assert all(
+        "--rdzv-endpoint n1:20007" in words[-1] and "--rdzv-id far-2" in words[-1] for words in commands.values()
+    )
+    assert host_environment(job)["HF_HUB_OFFLINE"] == "1"
+    assert "DS_ACCELERATOR" not in host_environment(job)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [("n1\nn2 slots=8\n\n# n3\n", ("n1", "n2")), ("me@10.0.0.7   # first\nn2\n", ("me@10.0.0.7", "n2"))],
+)
+def test_a_hostfile_has_one_host_per_line(tmp_path, text, hosts):
+    (tmp_path / "hosts").write_text(text)
+    assert read_hosts(None, tmp_path / "hosts") == hosts
+
+
+@pytest.mark.parametrize(
+    ("named", "file", "match"),
+    [
+        (None, None, "one of the two"),
+        ("n1", "hosts", "one of the two"),
+        ("n1,n1", None, "named twice"),
+        ("-oProxyCommand=evil", None, "is no name of a host"),
+        ("n1;reboot", None, "is no name of a host"),
+        (" , ", None, "no host is named"),
+        (None, "absent", "cannot be read"),
+    ],
+)
+def test_hosts_that_cannot_be_meant(tmp_path, named, file, match):
+    with pytest.raises(ConfigError, match=match):
+        read_hosts(named, tmp_path / file if file else None)
+
+
+def test_options_that_do_not_fit(world):
+    for request, match in [
+        (Request("run.yaml", HOSTS, procs=0), "--procs must be at least 1"),
+        (Request("run.yaml", HOSTS, ssh_config=Path("absent")), "no such file"),
+        (Request("run.yaml", HOSTS, cluster="absent"), "absent"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            show_hosts(request)
