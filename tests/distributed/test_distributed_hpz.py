@@ -33,5 +33,5 @@ def test_the_same_losses_and_a_time_limit_on_every_group():
 
 
 def test_a_number_that_does_not_divide_the_job_is_refused():
-    with pytest.raises(RankError, match="engine.hpz_ranks is 3, which does not divide the 2 ranks of this job"):
+    with pytest.raises(RankError, match="hpz_ranks is 3, which does not divide the 2 ranks of this job"):
         run_ranks(2, train, 3)

@@ -145,8 +145,8 @@ def _check_ranks(engine: EngineConfig, world_size: int) -> None:
     """
     if world_size % engine.hpz_ranks:
         raise ConfigError(
-            f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; set it to "
-            "the ranks of a node, or to 1"
+            f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; "
+            "set it to the ranks of a node, or to 1"
         )
     untested = {"engine.hpz_ranks": engine.hpz_ranks > 1, "engine.nvme_path": engine.nvme_path is not None}
     for key in (key for key, is_set in untested.items() if is_set):

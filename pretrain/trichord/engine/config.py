@@ -119,8 +119,9 @@ class EngineConfig(Leaf):
             )
         if self.zero_stage == 3 and self.activation_checkpointing == "selective" and self.checkpoint_every_blocks > 1:
             raise ValueError(
-                "activation_checkpointing selective at zero_stage 3 recomputes every block, got checkpoint_every_blocks "
-                f"{self.checkpoint_every_blocks}: the others would hold on to their gathered weights; use full, or 1"
+                "activation_checkpointing selective at zero_stage 3 recomputes every block, got "
+                f"checkpoint_every_blocks {self.checkpoint_every_blocks}: the others would hold on to their gathered "
+                "weights; use full, or 1"
             )
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload 'all' moves parameters and needs zero_stage 3, got {self.zero_stage}")
@@ -130,7 +131,9 @@ class EngineConfig(Leaf):
                 f"{self.zero_stage}; set offload to optimizer or all, or leave nvme_path out"
             )
         if self.hpz_ranks > 1 and self.zero_stage != 3:
-            raise ValueError(f"hpz_ranks is a second copy of ZeRO-3's slices and needs zero_stage 3, got {self.zero_stage}")
+            raise ValueError(
+                f"hpz_ranks is a second copy of ZeRO-3's slices and needs zero_stage 3, got {self.zero_stage}"
+            )
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3, got 0")
         return self
