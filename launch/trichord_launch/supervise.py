@@ -122,6 +122,12 @@ def _lock(file: IO[str], tries: int) -> bool:
     return False
 
 
+def _death_of(command: Command, returncode: int) -> str:
+    """Ranks go on when their torchrun is killed; they are ended as leftovers."""
+    name = "torchrun" if any("torchrun" in word for word in command.argv) else command.argv[0]
+    return f"{name} died of {signal.Signals(-returncode).name}" if returncode < 0 else ""
+
+
 def _run_attempt(
     folder: Path,
     attempt: int,
@@ -151,7 +157,8 @@ def _run_attempt(
         leftovers = end_leftovers(launch_id, 0.0 if signals.kill else leftover_grace_s)
     if leftovers:
         say(f"ended {len(leftovers)} processes that the job had left running")
-    verdict = judge(folder, signals.received[0] if signals.received else None, first_death(record) or _death_of_torchrun(returncode))
+    died = first_death(record) or _death_of(command, returncode)
+    verdict = judge(folder, signals.received[0] if signals.received else None, died)
     seconds = round(time.monotonic() - started, 3)
     end_attempt(folder, attempt, verdict, {"torchrun_exit_code": returncode, "seconds": seconds})
     return verdict

@@ -167,6 +167,7 @@ class _Line:
             text += f"{_SEPARATOR}{name}={value}"
         data = text.encode("utf-8", "replace")[:_TEXT_BYTES]
         at, size, version = self._at, len(data), self._version
+        _VERSION.pack_into(self._memory, at, version)  # by itself and first: a long copy has no order
         self._memory[at : at + _HEAD.size + size] = _HEAD.pack(version, self._pid, now.since, size) + data
         _VERSION.pack_into(self._memory, at, version + 1)
         self._version = version + 2
