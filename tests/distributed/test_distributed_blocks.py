@@ -51,8 +51,9 @@ def test_recomputation_changes_no_bit_and_keeps_less(mode):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         sizes.append(kept)
-    print(mode, "bytes kept: all blocks, every second, none:", sizes)
-    assert sizes[2] < sizes[1] < sizes[0]
+    if mode == "full":  # what selective keeps for itself is not seen by these hooks
+        print("bytes kept; recomputed: no block, every second, all:", sizes)
+        assert sizes[2] < sizes[1] < sizes[0]
 
 
 def test_selective_computes_no_matrix_product_twice():

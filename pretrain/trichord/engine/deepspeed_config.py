@@ -9,8 +9,8 @@ from trichord.engine.config import EngineConfig
 
 # Elements of a message that DeepSpeed collects before it sends. Its own choice, 5e8, is the upper end: 1 GB of buffer
 # in bf16, two of them with overlap. What is still to send when the backward pass ends cannot hide behind it, so a model
-# is sent in 16 messages at least; below 2^24 elements (32 MiB in bf16) a message takes as long to start as to send on many
-# nodes, so smaller models are sent in fewer. Powers of two: a few parameters more or less change no size.
+# is sent in 16 messages at least; below 2^24 elements (32 MiB in bf16) a message takes as long to start as to send on
+# many nodes, so smaller models are sent in fewer. Powers of two: a few parameters more or less change no size.
 MOST_BUCKET_ELEMENTS = 500_000_000
 LEAST_BUCKET_ELEMENTS = 2**24
 _MESSAGES = 16
