@@ -135,9 +135,9 @@ class PhaseBoard:
     def _read(self, number: int) -> Worker:
         at, name = number * _LINE_BYTES, self._names[number]
         for _ in range(100):
-            version, pid, since, size = _HEAD.unpack_from(self._memory, at)
+            version, pid, since, size = _HEAD.unpack(self._memory[at : at + _HEAD.size])
             text = self._memory[at + _HEAD.size : at + _HEAD.size + size]
-            if version % 2 == 0 and version == _HEAD.unpack_from(self._memory, at)[0]:
+            if version % 2 == 0 and version == _VERSION.unpack(self._memory[at : at + 8])[0]:
                 said, *facts = text.decode("utf-8", errors="replace").split(_SEPARATOR)
                 pairs = dict(fact.split("=", 1) for fact in facts if "=" in fact)
                 return Worker(name, pid, Phase(said, pairs, since) if pid else None)
@@ -167,9 +167,10 @@ class _Line:
             text += f"{_SEPARATOR}{name}={value}"
         data = text.encode("utf-8", "replace")[:_TEXT_BYTES]
         at, size, version = self._at, len(data), self._version
-        _VERSION.pack_into(self._memory, at, version)  # by itself and first: a long copy has no order
+        # By itself and first: a long copy has no order. Copied and not packed in place, which would set it to 0 first.
+        self._memory[at : at + 8] = _VERSION.pack(version)
         self._memory[at : at + _HEAD.size + size] = _HEAD.pack(version, self._pid, now.since, size) + data
-        _VERSION.pack_into(self._memory, at, version + 1)
+        self._memory[at : at + 8] = _VERSION.pack(version + 1)
         self._version = version + 2
 
 
