@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks: the same numbers, less memory, on any ZeRO stage, and with ranks
+"""Activation checkpointing and compilation of blocks: the same numbers, less memory, on any ZeRO stage, and with ranks
 that lack a modality."""
 
 import pytest
@@ -13,6 +13,7 @@ from trichord.engine.config import EngineConfig
 from trichord.engine.features import SlotLayout
 from trichord.engine.step import Stepper
 from trichord.fusion.model import Trichord
+from trichord.layers import compiled
 from trichord.layers.blocks import block_lists
 from trichord.layers.recompute import recompute_blocks
 
@@ -78,6 +79,7 @@ def test_every_tower_and_the_trunk_have_blocks():
 
 
 def histories(cases: list[dict], steps: int) -> list:
+    compiled.BACKEND = "aot_eager"  # graphs and their backward as with inductor, without minutes of a C++ compiler
     out = []
     for case in cases:
         config = EngineConfig.model_validate(PLAIN | case)
@@ -105,3 +107,29 @@ def test_ranks_without_images_recompute_alike():
         assert full == none
         for ours, theirs in zip(selective, none, strict=True):  # DeepSpeed gathers a block as one, and sums otherwise
             assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def compiled_histories(cases: list[dict], steps: int) -> tuple[list, int, int]:
+    from torch._dynamo.utils import counters
+
+    out = histories(cases, steps)
+    return out, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "case",
+    [{"zero_stage": 3}, {"zero_stage": 2, "activation_checkpointing": "selective"}],
+    ids=["stage 3", "stage 2, selective"],
+)
+def test_compiled_blocks_give_the_same_losses(case):
+    plain = run_ranks(2, histories, [case], 3)
+    compiled_by_rank = run_ranks(
+        2, compiled_histories, [case | {"compile": True, "timeout_s": 600.0}], 3, timeout_s=800
+    )
+    for (expected,), ((found,), graphs, breaks) in zip(plain, compiled_by_rank, strict=True):
+        assert graphs > 0, "nothing was compiled"
+        assert breaks == 0
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)

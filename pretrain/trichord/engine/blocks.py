@@ -8,19 +8,23 @@ from torch import nn
 
 from trichord.engine.config import EngineConfig
 from trichord.layers.blocks import block_lists
+from trichord.layers.compiled import compile_blocks
 from trichord.layers.recompute import recompute_blocks
 
 
 def prepare_blocks(model: nn.Module, engine: EngineConfig) -> None:
-    """Activation checkpointing in every stack of the model: towers and trunk."""
+    """Activation checkpointing and compilation, in every stack of the model: towers and trunk."""
     mode, every = engine.activation_checkpointing, engine.checkpoint_every_blocks
-    # Selective recomputation asks for the same operations as in the first pass, and what ZeRO-3 does inside of a block
-    # are others each time: there it gathers a block as one.
-    as_one = engine.zero_stage == 3 and mode == "selective"
+    # What ZeRO-3 does inside of a block would break its graph at each module, and is no part of what selective
+    # recomputation may find computed differently: there it gathers a block as one.
+    as_one = engine.zero_stage == 3 and (engine.compile or mode == "selective")
     for blocks in block_lists(model):
         if as_one:
             _gather_as_one(blocks)
-        recompute_blocks(blocks, mode, every, inside=as_one)
+        if engine.compile:
+            compile_blocks(blocks, mode, every)
+        else:
+            recompute_blocks(blocks, mode, every, inside=as_one)
 
 
 def _gather_as_one(blocks: list[Any]) -> None:

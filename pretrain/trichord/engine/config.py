@@ -72,6 +72,8 @@ class EngineConfig(Leaf):
     products, convolutions and attention."""
     checkpoint_every_blocks: int = Field(default=1, ge=1)
     """The first of every so many blocks is recomputed, the others keep their activations."""
+    compile: bool = False
+    """torch.compile, block by block, in towers and trunk."""
     zero_init: bool = True
     """Stage 3 on several ranks: build the model in slices, so that no rank ever holds it whole."""
     max_bad_steps: int = Field(default=10, ge=1)
