@@ -46,7 +46,8 @@ def compare(kind: str, cases: list, precision: str) -> list[dict]:
         config = config_of(kind, micro_rows=4 // accumulation, row_tokens=96, **engine)
         torch.manual_seed(0)
         model = build(config)
-        parameters, zero = parameters_of(model), Zero.of(config.engine, ranks=2)
+        parameters = parameters_of(model)
+        zero = Zero.of(config.engine, 2, sum(p.numel for p in parameters if p.trainable))
         sent = collectives(parameters, zero, accumulation, features_of(config, accumulation))
         predicted = {op: sum(c.bytes for c in sent if c.op == op) for op in {c.op for c in sent}}
         states = model_states(parameters, config.engine, zero, rank=0)

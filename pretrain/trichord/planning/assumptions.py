@@ -30,7 +30,7 @@ def _memory(subject: Subject) -> list[str]:
     lines = [
         f"weights and gradients {low} an element, fp32 master 4, states of {engine.optimizer} "
         "(ZeRO, Rajbhandari et al. 2020, section 3); at stage 1 gradients are whole until they are reduced",
-        "buffers: DeepSpeed's reduce buckets at their configured size, and at stage 3 what it may hold gathered",
+        "buffers: DeepSpeed's reduce buckets as large as the engine makes them, and what stage 3 may hold gathered",
         f"activations: {rule}",
         f"fits: the heaviest source's rows fill a micro-batch ({subject.heaviest[1]:.2f} times a typical one)",
         f"{100 * FRAGMENTATION_FRAC:.0f} % fragmentation; {CONTEXT_BYTES / GIB:.1f} GiB for context, NCCL and cuBLAS",
@@ -67,6 +67,8 @@ def _not_looked_at(subject: Subject) -> list[str]:
         lines.append(f"of the overlay engine.deepspeed only zero_optimization is looked at, not {', '.join(others)}")
     if getattr(engine, "compile", False):
         lines.append("engine.compile: its gain, and what it changes in activations, is not counted")
+    if getattr(engine, "nvme_path", None) is not None:
+        lines.append("engine.nvme_path: offloaded states are counted as if they stayed in host memory")
     for key in ("hpz_ranks", "sequence_parallel"):
         if getattr(engine, key, 1) != 1:
             lines.append(f"engine.{key} = {getattr(engine, key)} is not counted")

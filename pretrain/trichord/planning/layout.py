@@ -129,7 +129,7 @@ def host_bytes(subject: Subject, states: ModelStates, ranks: int, gpus_per_node:
 
 def states_of(subject: Subject, layout: Layout, ranks: int) -> tuple[Zero, ModelStates]:
     engine = layout.engine(subject.config.engine)
-    zero = Zero.of(engine, ranks)
+    zero = Zero.of(engine, ranks, sum(p.numel for p in subject.parameters if p.trainable))
     return zero, model_states(subject.parameters, engine, zero)
 
 

@@ -15,8 +15,8 @@ gradient or optimizer state; stage 3 partitions them like all others.
 
 Where DeepSpeed differs from the paper (seen in its code and measured): at stage 1, gradients are whole only until they
 are reduced; a rank enters the update with the gradients of all parameters that its partition touches, whole ones; at
-stage 3, parameters below the persistence threshold are kept whole beside their partition; reduce buckets have their
-configured size, however small the model.
+stage 3, parameters below the persistence threshold are kept whole beside their partition; reduce buckets have
+their configured size, however small the model.
 """
 
 from __future__ import annotations

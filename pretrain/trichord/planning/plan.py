@@ -17,7 +17,6 @@ from trichord.planning.roofline import collectives_of, flops_of_rows, model_flop
 from trichord.planning.search import Machine, Outcome, best_layout, judge, scaling
 from trichord.planning.subject import RunToPlan, Subject
 from trichord.planning.workload import find_workload
-from trichord.planning.zero import Zero
 
 PLAN_FORMAT = 1
 SECONDS_PER_DAY = 86_400
@@ -174,7 +173,7 @@ def _flops(subject: Subject, layout: Layout) -> dict[str, Any]:
 
 def _communication(subject: Subject, layout: Layout, gpus: int, machine: Machine) -> dict[str, Any]:
     """Per step: bytes of the tensors that travel, and what one GPU sends of them."""
-    zero = Zero.of(layout.engine(subject.config.engine), gpus)
+    zero, _ = states_of(subject, layout, gpus)
     found = collectives_of(subject, layout, zero)
     lines = [
         {**asdict(c), "sent_bytes": round(c.sent(gpus)), "seconds": c.seconds(machine.fabric, gpus)} for c in found

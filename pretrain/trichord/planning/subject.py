@@ -115,7 +115,7 @@ class Subject:
         found: dict[Recompute, RowLoad] = {}
         plain = self._plain
         largest = max(plain.blocks.values(), default=0) / _TRACED_ROWS
-        moved = sum(plain.moved.values()) / _TRACED_ROWS
+        moved = sum(plain.moved.values()) / _TRACED_ROWS + self._logit_bytes
         towers = sum(plain.moved.get(room, 0) for room in TOWERS) / _TRACED_ROWS
         for mode in MODES:
             trace = plain if mode == "none" else self._trace(mode, self._batch)
@@ -147,6 +147,16 @@ class Subject:
         """Of sources with the same samples one."""
         alike = {(s.images, s.clips, s.clip_seconds, s.text_tokens): s for s in self.workload.sources}
         return list(alike.values()) if len(alike) > 1 else []
+
+    @property
+    def _logit_bytes(self) -> float:
+        """Logits of a row, written and read once in the forward pass (and twice that in the backward pass)."""
+        trunk = self.model.trunk
+        if trunk is None:
+            return 0.0
+        return (
+            2 * self.executed.labels * trunk.lm_head.out_features * (4 if self.config.engine.precision == "fp32" else 2)
+        )
 
     @cached_property
     def _plain(self) -> Trace:

@@ -34,8 +34,22 @@ from trichord_kernels.dispatch import HAS_TRITON
 
 Rule = Literal["reference", "triton"]
 _MEDIA = ("pixels", "waveforms", "log_mels")
-# Products count by their FLOPs, not by what they move; an empty tensor is not written.
-_NOT_TRAFFIC = ("mm", "addmm", "bmm", "baddbmm", "convolution", "empty", "empty_like", "new_empty", "empty_strided")
+_TRAFFIC_OF = ("aten", "trichord")  # namespaces of ops that run on the device
+# Products count by their FLOPs, not by what they move; an empty tensor is not written; some views do not say so.
+_NOT_TRAFFIC = (
+    "_unsafe_view",
+    "linear_cross_entropy_forward",
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+)
+_GATHERS = ("embedding", "index", "index_select", "gather")  # read as much as they write, whatever they read from
 _ATTENTION = ("scaled_dot_product", "attention")
 
 
@@ -164,11 +178,12 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        name = func._schema.name.split("::")[-1].strip("_")
-        if is_view:
+        name = func._schema.name.split("::")[-1]
+        if is_view or func.namespace not in _TRAFFIC_OF:
             return out
         product = name in _NOT_TRAFFIC or any(part in name for part in _ATTENTION)
-        self._note(func._schema.name, 0 if product else _bytes(args) + _bytes(kwargs) + _bytes(out), out)
+        read = _bytes(out) if name in _GATHERS else _bytes(args) + _bytes(kwargs)
+        self._note(func._schema.name, 0 if product else read + _bytes(out), out)
         return out
 
 

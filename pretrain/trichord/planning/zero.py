@@ -86,9 +86,15 @@ class Zero:
     persistence: int
 
     @classmethod
-    def of(cls, engine: EngineConfig, ranks: int) -> Zero:
-        """Raises ConfigError where the overlay conflicts with the typed config."""
-        found: dict[str, Any] = deepspeed_config(engine, micro_rows=1, grad_accum_steps=1)["zero_optimization"]
+    def of(cls, engine: EngineConfig, ranks: int, num_parameters: int | None = None) -> Zero:
+        """num_parameters: trainable ones, by which messages are sized.
+
+        Raises:
+            ConfigError: the overlay conflicts with the typed config.
+        """
+        found: dict[str, Any] = deepspeed_config(
+            engine, micro_rows=1, grad_accum_steps=1, num_parameters=num_parameters
+        )["zero_optimization"]
         zero = DEFAULTS | {key: value for key, value in found.items() if value != "auto"}
         overlap = zero["overlap_comm"] if zero["overlap_comm"] is not None else engine.zero_stage == 3
         return cls(

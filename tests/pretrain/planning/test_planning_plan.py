@@ -142,12 +142,11 @@ def machine_of(gib: float) -> Machine:
 
 def test_what_fits_needs_less_than_there_is_and_the_fastest_of_it_is_chosen(subject):
     roomy = best_layout(subject, 4, machine_of(80))
-    tight = best_layout(subject, 4, machine_of(3.5))
     assert roomy is not None
+    limit = (roomy.memory.device_bytes - 2**20) / 2**30
+    tight = best_layout(subject, 4, machine_of(limit))
     assert tight is not None
-    assert (
-        tight.memory.device_bytes <= 3.5 * 2**30 < judge(subject, roomy.layout, 4, machine_of(3.5)).memory.device_bytes
-    )
+    assert tight.memory.device_bytes <= limit * 2**30
     assert roomy.time.total <= tight.time.total
     assert best_layout(subject, 4, machine_of(1)) is None
 
