@@ -1,16 +1,26 @@
-"""The story of an evaluation: a checkpoint, a suite, and a table of metrics."""
+"""The stories of evaluation: a checkpoint and a suite give a table of metrics; a run looks at itself on its way."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from trichord.batches.tokenizer import TextTokenizer
 from trichord.config.load import load_suite
+from trichord.config.run import RunConfig
 from trichord.core.log import get_logger
-from trichord.evaluation.suite import Subject, run_suite
+from trichord.engine.together import gather_lists
+from trichord.evaluation.config import SuiteConfig
+from trichord.evaluation.during import EngineModel, metric_names, set_aside
+from trichord.evaluation.suite import Subject, check_fits, run_suite
+from trichord.journal import Recording
 from trichord.restore import item_lengths, restore, with_generate
+from trichord.shards.config import SourceConfig
+from trichord.tracking.recorder import Recorder
 
 log = get_logger(__name__)
 
@@ -32,6 +42,7 @@ def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None, ema: 
         loaded = loaded.model_copy(update={"sources": sources})
     restored = restore(path, ema)
     config = restored.config
+    check_fits(loaded, restored.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(
         restored.model.to(device),
@@ -46,3 +57,54 @@ def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None, ema: 
     )
     metrics = run_suite(subject, loaded, log.info)
     return {"checkpoint": str(restored.folder), "step": restored.step, "suite": loaded.name, "metrics": metrics}
+
+
+class OnTheWay:
+    """What a run looks at while it trains: a suite every `evaluation.every_steps`. Every rank has one."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Any,
+        tokenizer: TextTokenizer,
+        device: torch.device,
+        recorder: Recorder,
+        recording: Recording,
+    ):
+        """Raises ConfigError: the suite does not fit the model."""
+        self.config, self.engine, self.recorder, self.recording = config, engine, recorder, recording
+        self.model = EngineModel(engine, tokenizer)
+        self.suite: SuiteConfig | None = None
+        if config.evaluation is None:
+            return
+        self.suite = load_suite(config.evaluation.suite)
+        check_fits(self.suite, engine.module.model)
+        self.subject = Subject(
+            *(self.model, None, tokenizer, config.shards, config.samples, config.batches, item_lengths(config), device),
+            seed=config.run.seed + 1,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            together=gather_lists,
+            choose=self.model.choose,
+        )
+
+    def after(self, step: int, *, stopped: bool) -> None:
+        """Called after each step on all ranks; a run that was told to stop looks at nothing any more."""
+        wanted = self.config.evaluation
+        if wanted is not None and step % wanted.every_steps == 0 and not stopped:
+            self._evaluate(step, wanted.ema)
+
+    def _evaluate(self, step: int, average: bool) -> None:
+        assert self.suite is not None
+        began = time.monotonic()
+        with self.recording.aside("evaluate"), set_aside(self.engine, average):
+            found = metric_names(run_suite(self.subject, self.suite))
+        seconds = time.monotonic() - began
+        self.recorder.metrics(step, {**found, "eval/time_s": seconds})
+        self.recorder.event("evaluation", step, suite=self.suite.name, seconds=round(seconds, 2), ema=average)
+        log.info("step %d, %s: %s", step, self.suite.name, ", ".join(f"{n[5:]} {v:.4g}" for n, v in found.items()))
+
+
+def suite_sources(config: RunConfig) -> tuple[SourceConfig, ...]:
+    """The sources that evaluation during training reads. Raises ConfigError: the suite is wrong."""
+    return load_suite(config.evaluation.suite).sources if config.evaluation is not None else ()

@@ -6,6 +6,9 @@ source on the device. At a line, one all-reduce carries everything that is known
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,6 +160,18 @@ class Recording:
         if (trace := self.profiler.begin(step)) is not None:
             self.recorder.event("profile", step, trace=str(trace))
         self.clock.enter("data wait")
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """What happens in here is no part of a step: its time and its bytes are left out of the next line."""
+        self.clock.enter(what)
+        sent, began = wire_meter().read(), time.monotonic()
+        try:
+            yield
+        finally:
+            wire_meter().read()
+            wire_meter().sent.update(sent)
+            self.window.started += time.monotonic() - began
 
     def close(self, step: int) -> None:
         """No more steps."""

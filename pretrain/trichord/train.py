@@ -37,6 +37,8 @@ from trichord.engine.partition import building_in, slices_of_run
 from trichord.engine.step import Stepper
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag
+from trichord.evaluate import OnTheWay, suite_sources
+from trichord.fusion.model import Trichord
 from trichord.journal import Progress, Recording
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, item_lengths, stored_config, training_lengths
 from trichord.shards.follow import FOLLOW_FOLDER
@@ -96,10 +98,8 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     slices = slices_of_run(config.engine)
     with building_in(slices):
         model = build_from_config(config, tokenizer, random_weights=resumed is None)
-        if resumed is None and config.run.init_from is not None:
-            from trichord.release.import_ import load_initial_weights
-
-            load_initial_weights(model, config.run.init_from)
+        if resumed is None:
+            take_initial_weights(model, config)
     prepare_blocks(model, config.engine)
 
     # Samples, batches: how rows are dealt depends on what the model makes of them.
@@ -126,6 +126,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
     log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
     recording = Recording(config, recorder, stepper, folder, progress.step, model)
+    on_the_way = OnTheWay(config, engine, tokenizer, device, recorder, recording)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
@@ -143,6 +144,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         recording.step(progress, result, batch, lr=lr)
         progress.check(config, batch, result, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
+        on_the_way.after(progress.step, stopped=result.counts["stop"] > 0)
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             stepper.clock.enter("save")
             recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
@@ -166,6 +168,14 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     dist.destroy_process_group()
     finish_mirror(saver, folder)
     return code
+
+
+def take_initial_weights(model: Trichord, config: RunConfig) -> None:
+    """Those that `run.init_from` names, if it does."""
+    if config.run.init_from is not None:
+        from trichord.release.import_ import load_initial_weights
+
+        load_initial_weights(model, config.run.init_from)
 
 
 def record_saves(saver: CheckpointSaver, recorder: Recorder) -> None:
@@ -247,7 +257,7 @@ def closing_line(finished: bool, step: int, signal_name: str) -> str:
 def make_sidecars(config: RunConfig) -> None:
     """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made."""
     configure_storage(config.shards.storage)
-    for source in config.shards.sources:
+    for source in (*config.shards.sources, *suite_sources(config)):
         urls = expand_shards(source)
         with work_progress(f"index {source.name}", len(urls)) as advance:
             index_shards(

@@ -70,6 +70,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.deepspeed.**",
     "checkpoints.**",
     "tracking.**",
+    "evaluation.**",  # the training does not see it
 )
 _MAY_CHANGE_IN_A_BRANCH = ("run.init_from",)
 

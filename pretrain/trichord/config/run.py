@@ -7,6 +7,7 @@ from trichord.checkpoints.config import CheckpointsConfig
 from trichord.core.leaf import Leaf
 from trichord.encoders.config import EncodersConfig
 from trichord.engine.config import EngineConfig
+from trichord.evaluation.config import EvaluationConfig
 from trichord.fusion.config import FusionConfig
 from trichord.layers.config import LayersConfig
 from trichord.objectives.config import ObjectivesConfig
@@ -44,6 +45,8 @@ class RunConfig(Leaf):
     engine: EngineConfig = EngineConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig | None = None
+    """null: no evaluation during training."""
 
     @model_validator(mode="after")
     def _rooms_agree(self):
@@ -54,6 +57,10 @@ class RunConfig(Leaf):
         if self.objectives.contrastive:
             self._check_pairs(self.objectives.contrastive.pairs)
         self._check_learning_rooms()
+        if self.evaluation is not None and self.evaluation.ema and self.engine.ema_decay is None:
+            raise ValueError(
+                "evaluation.ema evaluates the average of the weights: set engine.ema_decay, or ema to false"
+            )
         if self.run.max_steps is None and any(source.epochs is None for source in self.shards.sources):
             raise ValueError("set run.max_steps, or `epochs` on every source so that the steps can be counted")
         return self

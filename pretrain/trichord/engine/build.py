@@ -26,7 +26,6 @@ from trichord.engine.wire import wire_meter
 from trichord.layers.initial import OwnSlices
 from trichord_kernels.tables.agree import agree_on_tables
 
-
 log = get_logger(__name__)
 
 # Of the parameters that the model computes with.
@@ -97,7 +96,12 @@ class EngineModule(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: PackedBatch, towers_only: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, batch: PackedBatch, towers_only: bool = False, logits_at: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """logits_at (K,) int64: instead of the outputs, next-token `logits` (K, V) at these positions."""
+        if logits_at is not None:
+            return {"logits": self.model.logits(batch, logits_at)}
         output = self.model(batch, towers_only=towers_only)
         return {name: value for name, value in vars(output).items() if isinstance(value, Tensor)}
 

@@ -1,4 +1,4 @@
-"""Config of an evaluation suite: which data, which metrics."""
+"""Config of an evaluation suite: which data, which metrics; and of evaluation during training."""
 
 from typing import Literal
 
@@ -28,6 +28,16 @@ class SuiteTask(Leaf):
     note: str = ""
     max_new_tokens: int = Field(default=32, ge=1)
     batch_samples: int = Field(default=64, ge=1)
+
+
+class EvaluationConfig(Leaf):
+    """A suite that runs while the model learns; its figures are metrics `eval/...` of the run."""
+
+    suite: str
+    """Suite file, or the name of a shipped one, as `trichord evaluate` takes it."""
+    every_steps: int = Field(ge=1)
+    ema: bool = False
+    """Evaluate the average of the weights (`engine.ema_decay`) instead of the weights."""
 
 
 class SuiteConfig(Leaf):

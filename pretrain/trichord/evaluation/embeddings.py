@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trichord.batches.sequential import SequentialBatch
-from trichord.fusion.model import Trichord
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,36 @@ class Embedded:
     groups: Tensor
 
 
+Parts = dict[str, Embedded]
+
+
 @torch.no_grad()
-def embed_source(
-    model: Trichord, batches: Iterable[SequentialBatch], device: torch.device, modalities: Iterable[str]
-) -> dict[str, Embedded]:
-    """Run the towers over a source; samples without a modality have no row in it."""
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {modality: [] for modality in modalities}
+def embed_batches(
+    model: Callable[..., Any], batches: Iterable[SequentialBatch], device: torch.device, modalities: Iterable[str]
+) -> list[Parts]:
+    """Run the towers over batches: one entry each, by modality; samples without a modality have no row in it."""
+    modalities, found = tuple(modalities), []
     for item in batches:
         batch = item.batch
         output = model(batch.to(device), towers_only=True)
         with_text = (batch.text_spans[:, 1] > batch.text_spans[:, 0]).nonzero()[:, 0]
         segments = {"image": batch.image_segments, "audio": batch.audio_segments, "text": with_text}
-        for modality, found in parts.items():
+        parts = {}
+        for modality in modalities:
             embeds = getattr(output, f"{modality}_embeds").float().cpu()
             if modality == "text":
                 embeds = embeds[with_text]
-            found.append((embeds, batch.group_ids[segments[modality]]))
+            parts[modality] = Embedded(embeds, batch.group_ids[segments[modality]])
+        found.append(parts)
+    return found
+
+
+def join(batches: list[Parts]) -> Parts:
+    """The rows of all batches, in their order."""
     return {
-        m: Embedded(torch.cat([e for e, _ in found]), torch.cat([g for _, g in found])) for m, found in parts.items()
+        modality: Embedded(
+            torch.cat([parts[modality].embeds for parts in batches]),
+            torch.cat([parts[modality].groups for parts in batches]),
+        )
+        for modality in (batches[0] if batches else ())
     }

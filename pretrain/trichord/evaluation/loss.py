@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from trichord.batches.sequential import SequentialBatch
-from trichord.fusion.model import Trichord
 
 
 @torch.no_grad()
-def next_token_loss(model: Trichord, batches: Iterable[SequentialBatch], device: torch.device) -> tuple[float, int]:
-    """Cross-entropy in nats, averaged over all labels, and how many there were; (nan, 0) without any."""
+def next_token_sums(
+    model: Callable[..., Any], batches: Iterable[SequentialBatch], device: torch.device
+) -> tuple[float, int]:
+    """Cross-entropy in nats, summed over all labels of this rank's batches, and how many labels there were."""
     total, labels = 0.0, 0
     for item in batches:
         output = model(item.batch.to(device))
-        assert output.next_token_loss_sum is not None
         total += float(output.next_token_loss_sum)
         labels += item.batch.num_labels
-    return (total / labels if labels else math.nan), labels
+    return total, labels

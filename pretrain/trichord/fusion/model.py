@@ -148,11 +148,16 @@ class Trichord(nn.Module):
             *(loss_sum, losses), embeds["image"], embeds["audio"], embeds["text"], scale, bias, anchors.total
         )
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """Next-token logits (T, V) of the whole stream, for evaluation and tests."""
+    def logits(self, batch: PackedBatch, positions: Tensor | None = None) -> Tensor:
+        """Next-token logits, for evaluation and tests: (T, V) of the whole stream, or (K, V) of positions (K,) int64.
+
+        The modality rule holds here too: equally many calls on all ranks run the same modules.
+        """
         anchors = _Anchors(batch.input_ids.device)
         hidden = self._stream(batch, self._run_vision(batch), self._run_audio(batch), anchors)
-        return self.trunk.lm_head(hidden)
+        if positions is None:
+            return self.trunk.lm_head(hidden)
+        return self.trunk.lm_head(hidden[positions] if len(positions) else hidden[:1])[: len(positions)]
 
     def _run_vision(self, batch: PackedBatch) -> _Features | None:
         if self.vision is None:

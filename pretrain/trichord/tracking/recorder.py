@@ -85,7 +85,8 @@ class Recorder:
         self._wandb.log(step, values)
         if self._tensorboard is not None:
             self._tensorboard.log(step, values)
-        self._progress.update(step, values)
+        if "train/loss" in values:  # of an evaluation there is nothing to show beside the step
+            self._progress.update(step, values)
 
     def advance(self, step: int) -> None:
         """`step` steps are done: moves a progress bar, writes nothing."""
