@@ -26,6 +26,7 @@ from trichord.planning.zero import Parameter, Zero
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce"]
 Beside = Literal["forward", "backward", "nothing"]
 _ROUNDS: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
+_READ_DATA = ("vision", "audio", "text")
 TOWERS = ("vision", "audio", "text", "heads")  # what the gradient-free pass of contrastive accumulation runs
 
 
@@ -103,17 +104,20 @@ def _gathers(
 ) -> list[Collective]:
     """Stage 3 gathers a weight for each module that uses it (twice, where it is tied) and lets go of it, unless its
     next use is near: what a pass of fewer than `reuse` elements uses again stays. The gradient-free passes of
-    contrastive accumulation disturb the order that DeepSpeed has recorded; then nothing stays."""
+    contrastive accumulation disturb the order that DeepSpeed has recorded; then nothing stays. No gradient goes back
+    to what is frozen in a tower, whose input is data, so the backward pass does not gather it."""
     low = zero.weight_bytes
     split = [p for p in parameters if p.numel >= zero.persistence]
     uses = sum(p.numel * p.owners for p in split)
     disturbed = features is not None and accumulation > 1
     whole = sum(p.numel for p in split)
+    back = [p for p in split if p.trainable or p.room not in _READ_DATA]
     near = min(whole, zero.reuse // 2, zero.live)
     if near == whole:  # nothing is let go of inside a pass: each weight comes once, tied or not
-        forward, backward = whole, whole if disturbed else 0
+        forward, backward = whole, sum(p.numel for p in back) if disturbed else 0
     else:
-        forward, backward = uses, uses - (0 if disturbed else near)
+        forward = uses
+        backward = max(0, sum(p.numel * p.owners for p in back) - (0 if disturbed else near))
     pieces = max(1, math.ceil(whole / max(1, zero.prefetch)), len(split) // 4)
     found = [
         Collective("weights, forward", "all_gather", low * forward * accumulation, pieces * accumulation, "forward"),
