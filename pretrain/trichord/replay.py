@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trichord.assembly import build_stepper, slot_layout, take_initial_weights
 from trichord.batches.lane_reader import LaneReader
 from trichord.batches.loader import Loader, LoaderState, StepBatch
 from trichord.batches.packed_batch import PackedBatch
 from trichord.checkpoints.load import load_into
 from trichord.config.run import RunConfig
 from trichord.core.seed import derive_seed
+from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import build_engine, set_rates, start_process_group
-from trichord.engine.step import Stepper
 from trichord.objectives.combine import total_loss
 from trichord.provenance import Past, open_past, run_tokenizer
 from trichord.restore import build_from_config, training_lengths
 from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.tracking.metrics import merge_steps, read_metrics
-from trichord.train import slot_layout
 
 _RECORDED = ("train/loss", "train/grad_norm")
 _NO_COUNTS = {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0}
@@ -107,10 +107,9 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     fresh = past.checkpoint is None
     model = build_from_config(config, run_tokenizer(run, config), random_weights=fresh)
-    if fresh and config.run.init_from is not None:
-        from trichord.release.import_ import load_initial_weights
-
-        load_initial_weights(model, config.run.init_from)
+    if fresh:
+        take_initial_weights(model, config)
+    prepare_blocks(model, config.engine)
     loader = _open_loader(run, config, model, past.start)
     layout = slot_layout(config, 1)
     engine = build_engine(
@@ -118,13 +117,7 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
     )
     if past.checkpoint is not None:
         load_into(engine, past.checkpoint)
-    stepper = Stepper(
-        *(engine, config.objectives),
-        device=device,
-        layout=layout,
-        max_grad_norm=config.engine.max_grad_norm,
-        num_sources=len(config.shards.sources),
-    )
+    stepper = build_stepper(config, engine, device, layout)
     result = None
     for number, batch in zip(range(first, step), loader):
         set_rates(engine, config.engine, number, config.run.max_steps or 0)

@@ -29,6 +29,8 @@ ROOMS = (
     "journal",
     "verdict",
     "evaluate",
+    "opening",
+    "assembly",
     "train",
     "export",
     "provenance",

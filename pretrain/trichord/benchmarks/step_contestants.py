@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trichord.assembly import build_stepper, slot_layout
 from trichord.batches.loader import Loader, StepBatch
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import load_tokenizer
@@ -20,12 +21,11 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
 from trichord.engine.build import EngineModule, build_engine, set_rates, start_process_group
 from trichord.engine.param_groups import build_param_groups
-from trichord.engine.step import Stepper
 from trichord.engine.watch import StopFlag
 from trichord.journal import Progress, Recording
 from trichord.restore import build_from_config, training_lengths
 from trichord.tracking.recorder import Recorder
-from trichord.train import local_counts, slot_layout
+from trichord.train import local_counts
 
 Step = Callable[[int], object]
 """Takes step `number`."""
@@ -112,9 +112,7 @@ def training_step(config: RunConfig, batches: list[StepBatch]) -> Callable[[int]
     micro_rows, device = config.batches.micro_rows, torch.device("cpu")
     model = build_model_of(config)
     engine = build_engine(model, config.engine, micro_rows=micro_rows, grad_accum_steps=layout.num_micro_batches)
-    stepper = Stepper(
-        engine, config.objectives, device=device, layout=layout, max_grad_norm=config.engine.max_grad_norm
-    )
+    stepper = build_stepper(config, engine, device, layout)
     folder = RunFolder("fresh", Path(config.run.root) / config.run.name, 1)
     recorder = Recorder(
         folder.path,

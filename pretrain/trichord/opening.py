@@ -1,0 +1,119 @@
+"""The opening of a run, before any room is built: its folder and what it goes on from, sidecars, its length.
+
+What is decided here is decided on rank 0 and told to all.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+
+import torch.distributed as dist
+
+from trichord.batches.loader import count_steps
+from trichord.checkpoints.commit import put_back_replaced, require_writable
+from trichord.checkpoints.load import LoadedState, find_resumable, find_step, read_facts, read_train_state
+from trichord.checkpoints.mirror import fetch_newer, holds_checkpoints, mirror_of
+from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
+from trichord.config.load import resolved_yaml
+from trichord.config.run import RunConfig
+from trichord.core.errors import ConfigError
+from trichord.core.status import clear_rank_statuses, write_atomically
+from trichord.engine.together import decide_on_rank_0
+from trichord.evaluate import suite_sources
+from trichord.restore import item_lengths, stored_config
+from trichord.shards.follow import FOLLOW_FOLDER
+from trichord.shards.index import index_shards
+from trichord.shards.sources import expand_shards
+from trichord.shards.storage import configure_storage
+from trichord.tracking.progress import work_progress
+from trichord.verdict import Verdict
+
+MAX_INDEXERS = 16
+
+
+def open_run(config: RunConfig, verdict: Verdict) -> tuple[RunFolder, LoadedState | None, str]:
+    """On rank 0: the run folder, the checkpoint to go on from, and a name of this attempt that no other has."""
+    verdict.hold(run_path(config))
+    fetch_from_mirror(config)
+    folder = prepare_run_folder(config)
+    put_back_replaced(folder.path / "checkpoints")
+    require_writable(folder.path / "checkpoints")
+    clear_rank_statuses(folder.path)
+    start = None
+    if folder.kind == "branch":
+        assert folder.branch_folder is not None
+        assert folder.branch_step is not None
+        start = read_facts(find_step(folder.branch_folder / "checkpoints", folder.branch_step))
+        if (past := folder.branch_folder / FOLLOW_FOLDER).is_dir():  # which shards its epochs had
+            shutil.copytree(past, folder.path / FOLLOW_FOLDER, dirs_exist_ok=True)
+    elif folder.kind == "resume":
+        latest = find_resumable(folder.path / "checkpoints")
+        start = read_facts(latest) if latest is not None else None
+    return folder, start, f"{folder.attempt}-{secrets.token_hex(4)}"
+
+
+def fetch_from_mirror(config: RunConfig) -> None:
+    """On rank 0, where the mirror has a newer checkpoint than the run folder: bring it, as if it had been saved here.
+
+    Raises:
+        ConfigError: `run.resume: never`, and the mirror holds a run of this name.
+        CheckpointError: nothing is here, and the mirror cannot be looked at.
+    """
+    mirror, path = config.checkpoints.mirror, run_path(config)
+    if mirror is None:
+        return
+    configure_storage(config.shards.storage)
+    if config.run.resume == "never":
+        if holds_checkpoints(mirror, path):
+            raise ConfigError(
+                f"{mirror_of(mirror, path)} holds checkpoints of a run of this name and run.resume is never; choose "
+                "another run.name, or run.resume=auto"
+            )
+        return
+    found = fetch_newer(mirror, path)
+    if found is not None and not (path / "config.yaml").exists():
+        stored = stored_config(found, read_train_state(found, needs=("config",))["config"])
+        write_atomically(path / "config.yaml", resolved_yaml(stored))
+
+
+def make_sidecars(config: RunConfig) -> None:
+    """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made."""
+    configure_storage(config.shards.storage)
+    for source in (*config.shards.sources, *suite_sources(config)):
+        urls = expand_shards(source)
+        with work_progress(f"index {source.name}", len(urls)) as advance:
+            index_shards(
+                urls, min(os.cpu_count() or 1, MAX_INDEXERS), lambda done, total, url: advance(1), source.fields
+            )
+
+
+def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The config with `run.max_steps` set: counted, where only `epochs` are given, and written into the record."""
+    if config.run.max_steps is not None:
+        return config
+    steps = decide_on_rank_0(
+        lambda: count_steps(
+            *(config.shards, config.samples, config.batches),
+            seed=config.run.seed,
+            lengths=item_lengths(config),
+            follow_folder=folder.path / FOLLOW_FOLDER,
+        )
+    )
+    if steps == 0:
+        raise ConfigError("the sources hold no usable sample, so the run would have no step; see quarantine.jsonl")
+    fixed = config.model_copy(update={"run": config.run.model_copy(update={"max_steps": steps})})
+    if dist.get_rank() == 0:
+        write_run_record(folder, fixed)
+    return fixed
+
+
+def opening_line(folder: RunFolder, resumed: LoadedState | None, step: int, total_steps: int, world_size: int) -> str:
+    """What a user wants to know first: is this a new run, and where does it go on."""
+    where = f"{folder.path} on {world_size} process{'es' if world_size > 1 else ''}, attempt {folder.attempt}"
+    if step >= total_steps:
+        return f"{where}: already at step {step} of {total_steps}, nothing to do; raise run.max_steps to go on"
+    if resumed is not None:
+        return f"{where}: going on from {resumed.folder.name}, to step {total_steps}"
+    return f"{where}: a new run of {total_steps} steps"
