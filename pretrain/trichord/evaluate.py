@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trichord.batches.loader import StepBatch
+from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import TextTokenizer
+from trichord.config.identity import RunFolder
 from trichord.config.load import load_suite
 from trichord.config.run import RunConfig
 from trichord.core.log import get_logger
@@ -20,9 +24,12 @@ from trichord.evaluation.suite import Subject, check_fits, run_suite
 from trichord.journal import Recording
 from trichord.restore import item_lengths, restore, with_generate
 from trichord.shards.config import SourceConfig
+from trichord.tracking.previews import MAX_SAMPLES, PreviewsWriter
 from trichord.tracking.recorder import Recorder
+from trichord.tracking.sample_view import SampleView, label_positions, pick_segments, view_samples
 
 log = get_logger(__name__)
+MAX_PREVIEW_PASSES = 4
 
 
 def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None, ema: bool = False) -> dict[str, Any]:
@@ -60,7 +67,8 @@ def evaluate(path: Path, suite: str, shards: dict[str, str] | None = None, ema: 
 
 
 class OnTheWay:
-    """What a run looks at while it trains: a suite every `evaluation.every_steps`. Every rank has one."""
+    """What a run looks at while it trains: a suite every `evaluation.every_steps`, samples every
+    `tracking.preview_every_steps`. Every rank has one."""
 
     def __init__(
         self,
@@ -70,10 +78,14 @@ class OnTheWay:
         device: torch.device,
         recorder: Recorder,
         recording: Recording,
+        folder: RunFolder,
     ):
         """Raises ConfigError: the suite does not fit the model."""
         self.config, self.engine, self.recorder, self.recording = config, engine, recorder, recording
         self.model = EngineModel(engine, tokenizer)
+        self.tokenizer, self.device = tokenizer, device
+        names = [source.name for source in config.shards.sources]
+        self.previews = PreviewsWriter(folder.path, names, config.samples.audio.sample_rate, folder.attempt)
         self.suite: SuiteConfig | None = None
         if config.evaluation is None:
             return
@@ -88,9 +100,11 @@ class OnTheWay:
             choose=self.model.choose,
         )
 
-    def after(self, step: int, *, stopped: bool) -> None:
+    def after(self, step: int, batch: StepBatch, *, stopped: bool) -> None:
         """Called after each step on all ranks; a run that was told to stop looks at nothing any more."""
-        wanted = self.config.evaluation
+        wanted, every = self.config.evaluation, self.config.tracking.preview_every_steps
+        if every is not None and step % every == 0 and not stopped:
+            self._preview(step, batch.micro_batches[:MAX_PREVIEW_PASSES])
         if wanted is not None and step % wanted.every_steps == 0 and not stopped:
             self._evaluate(step, wanted.ema)
 
@@ -103,6 +117,25 @@ class OnTheWay:
         self.recorder.metrics(step, {**found, "eval/time_s": seconds})
         self.recorder.event("evaluation", step, suite=self.suite.name, seconds=round(seconds, 2), ema=average)
         log.info("step %d, %s: %s", step, self.suite.name, ", ".join(f"{n[5:]} {v:.4g}" for n, v in found.items()))
+
+    def _preview(self, step: int, micro_batches: Sequence[PackedBatch]) -> None:
+        """Some of rank 0's samples. All ranks pass the same number of micro-batches through the model."""
+        views: list[SampleView] = []
+        with self.recording.aside("preview"), set_aside(self.engine):
+            for batch in micro_batches:
+                room = MAX_SAMPLES - len(views) if dist.get_rank() == 0 else 0
+                batch = batch.to("cpu")
+                segments, chosen = pick_segments(batch, room), None
+                if self.engine.module.model.trunk is not None:
+                    at = label_positions(batch, segments).to(self.device)
+                    chosen = self.model.choose(batch.to(self.device), at)
+                views += view_samples(batch, segments, chosen, self.tokenizer)
+        if dist.get_rank() != 0:
+            return
+        try:
+            self.recorder.previews(step, self.previews.write(step, views))
+        except OSError as error:  # no part of the record: the run goes on without
+            log.warning("the previews of step %d cannot be written: %s", step, error)
 
 
 def suite_sources(config: RunConfig) -> tuple[SourceConfig, ...]:

@@ -107,11 +107,11 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
     # Tracking, then the steps.
     progress = Progress.after(resumed)
-    recorder = build_recorder(config, folder, resumed, facts.rank == 0)
+    recorder = verdict.recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
     log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
     recording = Recording(config, recorder, stepper, folder, progress.step, model)
-    on_the_way = OnTheWay(config, engine, tokenizer, device, recorder, recording)
+    on_the_way = OnTheWay(config, engine, tokenizer, device, recorder, recording, folder)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
@@ -129,7 +129,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         recording.step(progress, result, batch, lr=lr)
         progress.check(config, batch, result, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
-        on_the_way.after(progress.step, stopped=result.counts["stop"] > 0)
+        on_the_way.after(progress.step, batch, stopped=result.counts["stop"] > 0)
         if stopping or progress.step % config.checkpoints.save_every_steps == 0:
             stepper.clock.enter("save")
             recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
@@ -142,7 +142,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     record_saves(saver, recorder)
     finished = progress.step >= total_steps
     code = EXIT_DONE if finished else EXIT_STOPPED
-    recorder.event("end", progress.step, finished=finished, checkpoint_saved=saved)
+    recorder.event("end", progress.step, finished=finished, checkpoint_saved=saved, signal=stop.name)
     watch.stop()
     recorder.close(code)
     steps.close()

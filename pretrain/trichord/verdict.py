@@ -25,6 +25,7 @@ from trichord.core.status import Status, write_atomically, write_rank_status, wr
 from trichord.engine.fault import Fault, FaultError, is_broken_collective, readable
 from trichord.engine.watch import PeerWatch
 from trichord.tracking.metrics import append_event
+from trichord.tracking.recorder import Recorder
 
 log = get_logger(__name__)
 
@@ -43,6 +44,7 @@ class Verdict:
         self.step = 0
         self.rank = rank_facts().rank
         self.watch: PeerWatch | None = None
+        self.recorder: Recorder | None = None  # once there is one: it tells of a failure outside, too
         self._problem = ""
         self._lock: IO[str] | None = None
         self._begun = False  # until the folder is known to be ours, its status.json may be another run's
@@ -134,6 +136,8 @@ class Verdict:
         with self._writing:
             if self._said is None:
                 self._said = self._write(fault, trace)
+                if self.recorder is not None:
+                    self.recorder.failed(self._said.reason)
             return self._said
 
     def _write(self, fault: Fault, trace: BaseException | None) -> Fault:

@@ -1,6 +1,8 @@
 """Evaluation during training: the figures of `trichord evaluate`, and a training that does not notice."""
 
+import json
 import random
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 import yaml
 from ranks import RankError, run_ranks
-from tiny_run import make_data, train, write_config
+from tiny_run import WORDS, make_data, train, write_config
 
 from trichord.checkpoints.load import load_weights
 from trichord.checkpoints.manifest import checkpoint_name
 from trichord.evaluate import evaluate
 from trichord.evaluation.during import metric_names
 from trichord.tracking.metrics import merge_steps, read_events, read_metrics
+from trichord.tracking.previews import read_previews
 
 pytestmark = pytest.mark.distributed
 
@@ -50,11 +53,11 @@ def restless_train(config: str, *overrides: str) -> tuple[int, list[bool]]:
         random.random(), np.random.rand(), torch.rand(3)
         return suite(*args)
 
-    def watched(self, step, **facts):
+    def watched(self, step, batch, **facts):
         modules = list(self.engine.modules())
         modules[-1].training = step % 2 == 0  # one that is not as the others are
         before = random_states(), [module.training for module in modules]
-        after(self, step, **facts)
+        after(self, step, batch, **facts)
         same.append((random_states(), [module.training for module in modules]) == before)
 
     story.run_suite, story.OnTheWay.after = drawing, watched
@@ -68,6 +71,7 @@ def run(data: Path, root: Path, stage: int, evaluated: bool, *more: str) -> Path
     if not evaluated:
         assert run_ranks(2, train, config, *words) == [0, 0]
         return root / "tiny"
+    words.append(f"tracking.preview_every_steps={EVERY}")
     words.append(f"evaluation={{suite: {data}/suite.yaml, every_steps: {EVERY}, ema: {str(stage == 2).lower()}}}")
     best = "checkpoints.keep_best={metric: eval/it/loss/next_token, mode: min, count: 1}"
     for code, same in run_ranks(2, restless_train, config, *words, best):
@@ -118,12 +122,33 @@ def test_the_figures_are_those_of_evaluate(pair, data):
 
 
 def test_a_checkpoint_can_be_the_best_by_it(pair):
-    import json
-
     _, _, folder = pair
     state = json.loads((folder / "checkpoints" / checkpoint_name(EVERY) / "train_state.json").read_text())
     line = next(line for line in merge_steps(read_metrics(folder)) if line["step"] == EVERY)
     assert state["metrics"]["eval/it/loss/next_token"] == line["eval/it/loss/next_token"]
+
+
+def test_samples_of_a_step_are_kept_with_what_the_model_says(pair):
+    from PIL import Image
+
+    _, plain, folder = pair
+    assert not read_previews(plain)
+    lines = read_previews(folder)
+    assert {line["step"] for line in lines} == {4, 8}
+    assert {line["source"] for line in lines} <= {"it", "at", "iat"}
+    for line in lines:
+        assert line["wanted"] in WORDS
+        assert (line["right_frac"] == 1.0) <= (line["predicted"] == line["wanted"]), "both tokens: the word and the end"
+        assert len(line["images"]) == ("i" in line["source"])
+        assert len(line["clips"]) == ("a" in line["source"])
+        for name in line["images"]:
+            assert Image.open(folder / name).size == (16, 16)
+        for name in line["clips"]:
+            with wave.open(str(folder / name)) as file:
+                assert (file.getframerate(), file.getnchannels()) == (16000, 1)
+                assert file.getnframes() >= 1600
+    assert any(line["images"] for line in lines)
+    assert any(line["clips"] for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ def report(
 @track_app.command("sync")
 def track_sync(run: RunPath) -> None:
     """Rebuild the run on Weights & Biases from its metrics.jsonl."""
-    from trichord.tracking.wandb import sync_run
+    from trichord.tracking.wandb_sync import sync_run
 
     result = sync_run(run)
     print(f"{result.rows} steps, run {result.run_id} ({result.mode}): {result.location}")
+    print(f"with {result.tables} tables of samples and {result.artifacts} artifacts; without alerts and system metrics")

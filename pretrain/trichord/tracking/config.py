@@ -36,4 +36,7 @@ class TrackingConfig(Leaf):
     tensorboard: bool = False
     """Write event files for TensorBoard, too, into `tensorboard/` of the run folder."""
     profile: ProfileConfig | None = None
+    preview_every_steps: int | None = Field(default=None, ge=1)
+    """Write some samples with what the model says of them, as texts, pictures and sounds, to `previews/` of the run
+    folder, into the report and into a W&B table; null: never."""
     wandb: WandbConfig = WandbConfig()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from trichord.core.log import get_logger
 from trichord.tracking.config import TrackingConfig
 from trichord.tracking.metrics import EventsWriter, MetricsWriter
 from trichord.tracking.progress import Progress
+from trichord.tracking.references import References
 from trichord.tracking.tensorboard import TensorBoardMirror
 from trichord.tracking.wandb import WandbMirror
 
@@ -60,6 +61,8 @@ class Recorder:
         self.wandb_run_id = wandb_run_id
         if not active:
             return
+        self._name = run_name
+        self._references = References(folder, run_name, run_facts)
         self._metrics = MetricsWriter(folder, resume_step=resume_step)
         self._events = EventsWriter(folder, attempt=attempt)
         self._progress = Progress(total_steps, first_step=resume_step or 0, label=run_name)
@@ -97,6 +100,30 @@ class Recorder:
         if self.active:
             with self._readable_failure():
                 self._events.log(kind, step=step, **facts)
+            self._mirror_event(kind, step, facts)
+
+    def previews(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Lines that were written to `previews.jsonl`."""
+        if self.active and lines:
+            self._wandb.table(step, lines)
+
+    def failed(self, reason: str) -> None:
+        """The run ends without having been told to; never raises."""
+        if self.active:
+            self._wandb.alert(f"{self._name} failed", reason, "ERROR")
+
+    def _mirror_event(self, kind: str, step: int | None, facts: Mapping[str, Any]) -> None:
+        """To W&B: checkpoints as artifacts, and an alert where the run stops before its end."""
+        if step is not None and kind == "checkpoint":
+            self._wandb.reference(self._references.checkpoint(step))
+        elif step is not None and kind == "mirror" and facts.get("ok"):
+            self._wandb.reference(self._references.checkpoint(step, mirrored=True))
+        elif step is not None and kind == "end":
+            if facts.get("checkpoint_saved"):
+                self._wandb.reference(self._references.checkpoint(step, final=bool(facts.get("finished"))))
+            if not facts.get("finished"):
+                why = f"stopped at step {step} by {facts.get('signal') or 'a signal'}"
+                self._wandb.alert(f"{self._name} stopped", why, "WARN")
 
     @contextmanager
     def _readable_failure(self) -> Iterator[None]:

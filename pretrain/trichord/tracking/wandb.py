@@ -6,8 +6,8 @@ from a checkpoint, the steps after it are done again:
 - online, W&B rewinds the run to the checkpoint's step (`resume_from`). Where the server refuses (rewinding is not
   enabled everywhere), the run is continued (`resume="allow"`); rows then carry the attempt number, and the steps that
   were done twice are there twice. Both paths are untested against a server.
-- offline, every start leaves one more folder, and a killed process loses the rows W&B still buffered. `sync_run`
-  rebuilds one clean run from the record.
+- offline, every start leaves one more folder, and a killed process loses the rows W&B still buffered. `trichord track
+  sync` rebuilds one clean run from the record.
 """
 
 from __future__ import annotations
@@ -18,20 +18,16 @@ import netrc
 import os
 import secrets
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-
-from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
 from trichord.tracking.config import WandbConfig
-from trichord.tracking.metrics import merge_steps, read_metrics
+from trichord.tracking.wandb_media import Reference, log_reference, sample_table
 
 Mode = Literal["online", "offline", "off"]
 Axis = Literal["step", "own"]  # "step": W&B's step is ours; "own": it is not, since a run was continued, not rewound
@@ -68,35 +64,58 @@ class WandbMirror:
         self.mode: Mode = resolve_mode(config.mode)
         self.run_id = run_id
         self._run: Any = None
+        self._folder = Path(folder)
         self._attempt = attempt
         self._axis: Axis = "step"
         if self.mode == "off":
             return
-        stored = _read_identity(Path(folder))
+        stored = read_identity(Path(folder))
         resuming = run_id or stored.get("id")
-        self.run_id = resuming or _new_id()
+        self.run_id = resuming or new_id()
         rewind_step = resume_step if stored.get("axis", "step") == "step" else None
-        init = partial(_init, self.mode, config, Path(folder), run_name, run_config)
+        init = partial(open_run, self.mode, config, Path(folder), run_name, run_config)
         try:
             if resuming and self.mode == "online":
                 self._run, self._axis = _rewind_or_continue(init, self.run_id, rewind_step)
             else:
                 self._run = init(id=self.run_id)
-            _write_identity(Path(folder), self.run_id, self._axis)
+            write_identity(Path(folder), self.run_id, self._axis)
         except Exception as error:  # a network, a server or a package at fault: none is worth a training run
             self._give_up("could not start", error)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Mirror one line of the record."""
+        self._try("could not log", lambda run: self._log_row(run, step, metrics))
+
+    def table(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """A step's lines of `previews.jsonl`, with their pictures and sounds."""
+        self._try("could not log a table", lambda run: self._log_row(run, step, {"previews": self._table(lines)}))
+
+    def reference(self, reference: Reference | None) -> None:
+        """An artifact by where it lies; None: nothing."""
+        if reference is not None:
+            self._try("could not log an artifact", lambda run: log_reference(run, reference))
+
+    def alert(self, title: str, text: str, level: Literal["INFO", "WARN", "ERROR"]) -> None:
+        """Tell whoever subscribed to the project's alerts."""
+        self._try("could not send an alert", lambda run: run.alert(title=title, text=text, level=level))
+
+    def _table(self, lines: Sequence[Mapping[str, Any]]) -> Any:
+        return sample_table(self._folder, lines)
+
+    def _log_row(self, run: Any, step: int, values: Mapping[str, Any]) -> None:
+        if self._axis == "step":
+            run.log({**values, "step": step}, step=step)
+        else:
+            run.log({**values, "step": step, "attempt": self._attempt})
+
+    def _try(self, what: str, act: Callable[[Any], None]) -> None:
         if self._run is None:
             return
         try:
-            if self._axis == "step":
-                self._run.log({**metrics, "step": step}, step=step)
-            else:
-                self._run.log({**metrics, "step": step, "attempt": self._attempt})
+            act(self._run)
         except Exception as error:
-            self._give_up("could not log", error)
+            self._give_up(what, error)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run, waiting at most a minute for uploads."""
@@ -150,50 +169,6 @@ def has_api_key(environ: Mapping[str, str]) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class SyncResult:
-    """What `sync_run` made. rows: steps; location: the run's URL, or the folder of an offline run."""
-
-    run_id: str
-    mode: Mode
-    rows: int
-    location: str
-
-
-def sync_run(
-    folder: Path, *, mode: Literal["auto", "online", "offline"] = "auto", run_id: str | None = None
-) -> SyncResult:
-    """Rebuild one W&B run of a run folder from its record: `trichord track sync RUN`.
-
-    Rows of one step are merged and keep their times. Offline it writes `wandb/offline-run-*` in the run folder, for
-    `wandb sync` on a machine with network. run_id: None takes the run's own id, so that online only the steps W&B does
-    not have yet are added; give a new id for a fresh copy.
-
-    Raises:
-        ConfigError: the folder has no metrics.
-        TrichordError: W&B refuses or cannot be reached.
-    """
-    folder = Path(folder)
-    rows = merge_steps(read_metrics(folder))
-    if not rows:
-        raise ConfigError(f"{folder} has no metrics.jsonl with metrics; expected the folder of a run that has trained")
-    resolved = _resolved_config(folder)
-    config = WandbConfig(**resolved.get("tracking", {}).get("wandb", {}))
-    wanted = "online" if resolve_mode(mode) == "online" else "offline"
-    wandb_id: str = run_id or _read_identity(folder).get("id") or _new_id()
-    try:
-        run = _init(wanted, config, folder, folder.name, resolved, id=wandb_id, resume="allow")
-        for row in rows:
-            metrics = {name: value for name, value in row.items() if name != "time"}
-            run.log({**metrics, "_timestamp": row.get("time", 0.0)}, step=row["step"])
-        location = run.url if wanted == "online" else str(Path(run.dir).parent)
-        run.finish()
-    except Exception as error:
-        raise TrichordError(f"wandb could not take the run ({type(error).__name__}: {error})") from error
-    _write_identity(folder, wandb_id, "step")
-    return SyncResult(wandb_id, wanted, len(rows), location or "")
-
-
 def _rewind_or_continue(init: Callable[..., Any], run_id: str, step: int | None) -> tuple[Any, Axis]:
     """The online run, rewound to `step` where the server does that (then W&B's steps stay ours), else continued."""
     if step is not None:
@@ -204,7 +179,7 @@ def _rewind_or_continue(init: Callable[..., Any], run_id: str, step: int | None)
     return init(id=run_id, resume="allow"), "own"
 
 
-def _init(
+def open_run(
     mode: Mode, config: WandbConfig, folder: Path, run_name: str, run_config: Mapping[str, Any], **identity: Any
 ) -> Any:
     import wandb  # heavy, and not part of the base install
@@ -227,7 +202,7 @@ def _init(
         entity=config.entity,
         group=config.group,
         tags=list(config.tags) or None,
-        config=dict(run_config),
+        config={**run_config, **_surroundings(folder)},
         settings=wandb.Settings(**known),
         **identity,
     )
@@ -236,22 +211,24 @@ def _init(
     return run
 
 
-def _new_id() -> str:
+def _surroundings(folder: Path) -> dict[str, Any]:
+    """What the run was made with: versions, host, state of the code, as `environment.json` has it."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        return {"environment": found} if isinstance(found, dict) else {}
+    return {}
+
+
+def new_id() -> str:
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
-def _read_identity(folder: Path) -> dict[str, Any]:
+def read_identity(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         identity = json.loads((folder / "wandb" / "identity.json").read_text(encoding="utf-8"))
         return identity if isinstance(identity, dict) else {}
     return {}
 
 
-def _write_identity(folder: Path, run_id: str, axis: Axis) -> None:
+def write_identity(folder: Path, run_id: str, axis: Axis) -> None:
     write_atomically(folder / "wandb" / "identity.json", json.dumps({"id": run_id, "axis": axis}) + "\n")
-
-
-def _resolved_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    return values if isinstance(values, dict) else {}

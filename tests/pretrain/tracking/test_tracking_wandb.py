@@ -4,15 +4,35 @@ import json
 import struct
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from trichord.core.errors import ConfigError
-from trichord.tracking.config import WandbConfig
-from trichord.tracking.metrics import MetricsWriter
-from trichord.tracking.wandb import WandbMirror, resolve_mode, sync_run
+from trichord.tracking.config import TrackingConfig, WandbConfig
+from trichord.tracking.metrics import MetricsWriter, append_event
+from trichord.tracking.previews import PreviewsWriter
+from trichord.tracking.recorder import Recorder
+from trichord.tracking.sample_view import SampleView
+from trichord.tracking.wandb import WandbMirror, resolve_mode
+from trichord.tracking.wandb_sync import sync_run
 
 FACTS = {"run_name": "digits", "run_config": {"engine": {"lr": 3e-4}}, "attempt": 2}
+
+
+class StandInArtifact:
+    """Refers to files as W&B does; to s3 only with a client that is not there."""
+
+    def __init__(self, name, type, metadata):
+        self.name, self.type, self.metadata, self.entries = name, type, metadata, []
+
+    def add_reference(self, uri, checksum):
+        assert not checksum, "a checkpoint is not read again"
+        if uri.startswith("s3://"):
+            raise RuntimeError("boto3 is required")
+        self.entries.append(uri)
 
 
 class StandIn(types.ModuleType):
@@ -23,6 +43,7 @@ class StandIn(types.ModuleType):
     def __init__(self, fail=()):
         super().__init__("wandb")
         self.fail, self.inits, self.logged, self.finished = set(fail), [], [], []
+        self.alerts, self.artifacts, self.Artifact = [], [], StandInArtifact
 
     def init(self, **arguments):
         self.inits.append(arguments)
@@ -37,6 +58,14 @@ class StandIn(types.ModuleType):
         if "log" in self.fail:
             raise RuntimeError("service died")
         self.logged.append((row, step))
+
+    def alert(self, **facts):
+        self.alerts.append(facts)
+
+    def log_artifact(self, artifact, aliases):
+        if "artifact" in self.fail:
+            raise RuntimeError("quota")
+        self.artifacts.append((artifact, aliases))
 
     def finish(self, exit_code=0):
         self.finished.append(exit_code)
@@ -170,6 +199,101 @@ def test_sync_rebuilds_one_run_from_the_record(no_key, tmp_path):
     assert (project, lr) == ("voices", 0.001)
 
 
+FACTS_OF_RECORDER = {
+    "active": True,
+    "attempt": 1,
+    "resume_step": None,
+    "total_steps": 30,
+    "run_name": "digits",
+    "wandb_run_id": None,
+    "run_facts": {
+        "checkpoints": {"mirror": "s3://store/runs", "keep_best": {"metric": "eval/x/loss", "mode": "min", "count": 1}}
+    },
+}
+
+
+def checkpoint(folder, step, score):
+    """A complete checkpoint as retention sees it."""
+    place = folder / "checkpoints" / f"step-{step:06d}"
+    place.mkdir(parents=True)
+    state = json.dumps({"step": step, "metrics": {"eval/x/loss": score}})
+    (place / "train_state.json").write_text(state)
+    (place / "manifest.json").write_text(json.dumps({"files": {"train_state.json": {"size": len(state)}}}))
+    return place
+
+
+def test_checkpoints_become_references_and_a_stop_an_alert(online, tmp_path):
+    """Against a stand-in for W&B, not against a server."""
+    wandb = online()
+    recorder = Recorder(tmp_path, TrackingConfig(), **FACTS_OF_RECORDER)
+    places = [checkpoint(tmp_path, step, score) for step, score in ((10, 2.0), (20, 3.0))]
+    recorder.event("checkpoint", 10)
+    recorder.event("mirror", 10, ok=True)
+    recorder.event("mirror", 20, ok=False, reason="no way there")
+    recorder.event("end", 20, finished=False, checkpoint_saved=True, signal="SIGTERM")
+    recorder.event("checkpoint", 15)  # removed in the meantime
+    recorder.failed("rank 3: out of memory")
+    recorder.close(75)
+    assert [(a.name, a.type, a.entries, aliases) for a, aliases in wandb.artifacts] == [
+        ("digits-checkpoint", "checkpoint", [places[0].as_uri()], ["latest", "step-10", "best"]),
+        ("digits-checkpoint", "checkpoint", [], ["latest", "step-10", "best"]),
+        ("digits-checkpoint", "checkpoint", [places[1].as_uri()], ["latest", "step-20"]),
+    ]
+    assert wandb.artifacts[1][0].metadata["uri"] == f"s3://store/runs/{tmp_path.name}/step-000010"
+    assert [(a["title"], a["text"], a["level"]) for a in wandb.alerts] == [
+        ("digits stopped", "stopped at step 20 by SIGTERM", "WARN"),
+        ("digits failed", "rank 3: out of memory", "ERROR"),
+    ]
+
+
+def test_an_artifact_that_is_refused_is_only_a_warning(online, tmp_path, log_lines):
+    online("artifact")
+    recorder = Recorder(tmp_path, TrackingConfig(), **FACTS_OF_RECORDER)
+    checkpoint(tmp_path, 10, 1.0)
+    recorder.event("checkpoint", 10)
+    recorder.event("checkpoint", 10)
+    recorder.close(0)
+    assert len(log_lines()) == 1
+    assert "going on without it" in log_lines()[0]
+
+
+def test_tables_artifacts_and_surroundings_are_in_an_offline_run(no_key, tmp_path):
+    """Of a run as it goes, and of one rebuilt from its folder: read back from the files that W&B wrote."""
+    pytest.importorskip("wandb")
+    (tmp_path / "environment.json").write_text(json.dumps({"host": "here", "git": {"sha": "abc"}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FACTS_OF_RECORDER["run_facts"]))
+    writer = PreviewsWriter(tmp_path, ["scans"], 16000, 1)
+    pixels, waveform = np.full((3, 40, 400), 200, np.uint8), np.zeros(1600, np.int16)
+    samples = [SampleView(0, 0, 3, "", "three", "tree", 0.5, (pixels,), (waveform,))]
+    recorder = Recorder(tmp_path, TrackingConfig(), **FACTS_OF_RECORDER)
+    recorder.metrics(10, {"train/loss": 1.0})
+    recorder.previews(10, writer.write(10, samples))
+    place = checkpoint(tmp_path, 10, 1.0)
+    recorder.event("checkpoint", 10)
+    recorder.event("end", 10, finished=True, checkpoint_saved=True)
+    recorder.close(0)
+    (live,) = (tmp_path / "wandb").glob("offline-run-*")
+    (tmp_path / "exported").mkdir()
+    append_event(tmp_path, "export", step=10, attempt=1, out=tmp_path / "exported", ema=False)
+    synced = sync_run(tmp_path)
+    assert (synced.tables, synced.artifacts) == (1, 3)
+    of_models = [r.artifact for r in read_records(synced.location) if r.artifact.type == "model"]
+    assert [(a.name, sorted(a.aliases)) for a in of_models] == [(f"{tmp_path.name}-model", ["latest", "step-10"])]
+    for location in (live, synced.location):
+        records = read_records(location)
+        references = [a.manifest.contents for a in (r.artifact for r in records if r.HasField("artifact"))]
+        assert any(place.as_uri() in str(contents) for contents in references)
+        aliases = [sorted(r.artifact.aliases) for r in records if r.HasField("artifact") and r.artifact.aliases]
+        assert ["best", "final", "latest", "step-10"] in aliases
+        config = {i.key: json.loads(i.value_json) for r in records if r.HasField("run") for i in r.run.config.update}
+        assert config["environment"]["git"]["sha"] == "abc"
+        tables = list(Path(location).glob("files/media/table/*.json"))
+        (cells,) = json.loads(tables[0].read_text())["data"]
+        assert (cells[0], cells[1], cells[5], cells[6]) == (10, "scans", "three", "tree")
+        assert (cells[2]["width"], cells[2]["height"]) == (256, 26)
+        assert list(Path(location).glob("files/media/**/*.wav"))
+
+
 def test_sync_of_a_folder_without_metrics_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics\.jsonl"):
         sync_run(tmp_path)
@@ -177,12 +301,24 @@ def test_sync_of_a_folder_without_metrics_says_so(tmp_path):
 
 def read_offline_run(location):
     """(history rows, project, config lr) of an offline run: LevelDB log framing around protobuf records."""
-    from pathlib import Path
+    rows, project, lr = [], None, None
+    for record in read_records(location):
+        if record.HasField("history"):
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+            rows[-1].setdefault("_step", record.history.step.num)
+        if record.HasField("run"):
+            project = record.run.project
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            lr = config["engine"]["lr"]
+    return rows, project, lr
 
+
+def read_records(location):
     from wandb.proto import wandb_internal_pb2
 
     (path,) = Path(location).glob("*.wandb")
-    data, at, payload, rows, project, lr = path.read_bytes(), 7, b"", [], None, None
+    data, at, payload, found = path.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         room = 32768 - at % 32768
         if room < 7:
@@ -193,14 +329,6 @@ def read_offline_run(location):
         at += 7 + length
         if kind not in (1, 4):  # 1 whole record, 4 last part of one
             continue
-        record = wandb_internal_pb2.Record.FromString(payload)
+        found.append(wandb_internal_pb2.Record.FromString(payload))
         payload = b""
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-            rows[-1].setdefault("_step", record.history.step.num)
-        if record.HasField("run"):
-            project = record.run.project
-            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            lr = config["engine"]["lr"]
-    return rows, project, lr
+    return found
