@@ -13,6 +13,7 @@ import typer
 
 from trichord import __version__
 from trichord.core.errors import EXIT_CONFIG, EXIT_DONE, TrichordError
+from trichord.core.log import quiet_libraries
 
 EXIT_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
@@ -39,6 +40,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Only bugs leave as exceptions."""
+    quiet_libraries()
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         result = app(args=words, prog_name="trichord", standalone_mode=False)

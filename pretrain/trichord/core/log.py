@@ -54,6 +54,14 @@ class _ToFile(logging.FileHandler):
     _told = False
 
 
+def quiet_libraries() -> None:
+    """What libraries say to each other at import, and no user can act on, before torch is imported.
+
+    torchao registers its enums with torch in a way that newer versions of torch warn of, once per enum and process.
+    """
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
 def configure_logging(log_file: Path | None = None, level: int = logging.INFO) -> None:
     """Send `trichord` logs to stderr (rank 0: info, others: warnings) and, whole, to `log_file` when given.
 
