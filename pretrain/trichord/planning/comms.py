@@ -105,7 +105,8 @@ def _gathers(
     """Stage 3 gathers a weight for each module that uses it (twice, where it is tied) and lets go of it, unless its
     next use is near: what a pass of fewer than `reuse` elements uses again stays. The gradient-free passes of
     contrastive accumulation disturb the order that DeepSpeed has recorded; then nothing stays. No gradient goes back
-    to what is frozen in a tower, whose input is data, so the backward pass does not gather it."""
+    to what is frozen in a tower, whose input is data, so the backward pass does not gather it.
+    A block that is recomputed is gathered for that too, but for its last product, which nobody needs again."""
     low = zero.weight_bytes
     split = [p for p in parameters if p.numel >= zero.persistence]
     uses = sum(p.numel * p.owners for p in split)
@@ -117,7 +118,8 @@ def _gathers(
         forward, backward = whole, sum(p.numel for p in back) if disturbed else 0
     else:
         forward = uses
-        backward = max(0, sum(p.numel * p.owners for p in back) - (0 if disturbed else near))
+        again = zero.recomputed * sum(p.numel for p in back if p.recomputed)
+        backward = max(0, sum(p.numel * p.owners for p in back) + round(again) - (0 if disturbed else near))
     pieces = max(1, math.ceil(whole / max(1, zero.prefetch)), len(split) // 4)
     found = [
         Collective("weights, forward", "all_gather", low * forward * accumulation, pieces * accumulation, "forward"),
@@ -128,8 +130,8 @@ def _gathers(
         found.append(
             Collective("weights, features", "all_gather", low * towers * accumulation, accumulation, "forward")
         )
-    if kept := zero.persistent([p for p in parameters if p.trainable]):
-        small = sum(p.numel < zero.persistence and p.trainable for p in parameters)
+    if kept := zero.persistent(parameters):
+        small = sum(p.numel < zero.persistence for p in parameters)
         found.append(Collective("small weights", "all_gather", low * kept, small))
     return [c for c in found if c.bytes]
 

@@ -17,6 +17,8 @@ from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.param_groups import fused_matrices
 from trichord.fusion.model import param_room
+from trichord.layers.blocks import block_lists
+from trichord.planning.recomputation import moves_again
 
 # deepspeed/runtime/zero/config.py; a test compares.
 DEFAULTS = {
@@ -35,7 +37,7 @@ DEFAULTS = {
 class Parameter:
     """One parameter: elements; owners: modules that hold it (2 for tied weights); is_matrix: two or more axes, so it is
     in a group that decays; is_hidden: a matrix that the Muon optimizer takes; in_linear: of a torch.nn.Linear, whose
-    gradient travels in bfloat16 under autocast."""
+    gradient travels in bfloat16 under autocast; recomputed: activation checkpointing runs what it is for again."""
 
     room: str
     numel: int
@@ -44,6 +46,7 @@ class Parameter:
     is_matrix: bool
     is_hidden: bool
     in_linear: bool
+    recomputed: bool = False
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
@@ -53,6 +56,7 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     # The class itself, as DeepSpeed asks for it: subclasses such as the loss head stay in fp32.
     linear = {id(p) for m in model.modules() if type(m) is nn.Linear for p in m.parameters(recurse=False)}
+    again = {id(p) for blocks in block_lists(model) for block in blocks for p in _recomputed(block)}
     return [
         Parameter(
             room=param_room(name),
@@ -62,16 +66,24 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
             is_matrix=p.dim() >= 2,
             is_hidden=fused_matrices(name, p) > 0,
             in_linear=id(p) in linear,
+            recomputed=id(p) in again,
         )
         for name, p in model.named_parameters()
     ]
+
+
+def _recomputed(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a block without those of its last linear map: torch stops where it has what it needs."""
+    linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    last = {id(p) for p in linear[-1].parameters()} if linear else set()
+    return [p for p in block.parameters() if id(p) not in last and p.requires_grad]
 
 
 @dataclass(frozen=True)
 class Zero:
     """ZeRO of a run on `ranks` ranks. weight_bytes: of an element of weights and gradients; bucket, live, reuse,
     prefetch, persistence: elements, as DeepSpeed's keys of those names; overlap: gradients are reduced during the
-    backward pass."""
+    backward pass; recomputed: share of the blocks that activation checkpointing runs again."""
 
     stage: int
     ranks: int
@@ -84,6 +96,7 @@ class Zero:
     reuse: int
     prefetch: int
     persistence: int
+    recomputed: float = 0.0
 
     @classmethod
     def of(cls, engine: EngineConfig, ranks: int, num_parameters: int | None = None) -> Zero:
@@ -109,6 +122,7 @@ class Zero:
             reuse=int(zero["stage3_max_reuse_distance"]),
             prefetch=int(zero["stage3_prefetch_bucket_size"]),
             persistence=int(zero["stage3_param_persistence_threshold"]),
+            recomputed=moves_again(engine),
         )
 
     def own(self, parameters: Iterable[Parameter]) -> int:
