@@ -8,6 +8,7 @@ others leave by themselves; those that have not by then are ended.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 _OTHERS_LEAVE_S = 60.0
 _KILLED_WAIT_S = 15.0
+_SIGN_OF_LIFE_S = 15.0
 _SSH_FAILED = 255
 
 
@@ -36,7 +38,7 @@ class Connection:
         self._copier.start()
 
     def say(self, word: str) -> None:
-        """`stop` or `kill`, to the agent there."""
+        """`stop`, `kill` or `here`, to the agent there."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended
             self.process.stdin.write(f"{word}\n".encode())
@@ -50,12 +52,16 @@ class Connection:
 
 
 def _copy(stream: BinaryIO, log: Path, shown: bool) -> None:
+    """Reads on where it cannot write (a full disk, nobody looks any more): ranks wait for who does not read."""
     with open(log, "ab", buffering=0) as file:
         for line in stream:
-            file.write(line)
+            with contextlib.suppress(OSError):
+                file.write(line)
             if shown:
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+                try:
+                    os.write(1, line)
+                except OSError:
+                    shown = False
 
 
 def run(folder: Path, commands: dict[str, str]) -> int:
@@ -67,12 +73,16 @@ def run(folder: Path, commands: dict[str, str]) -> int:
     first = next(iter(commands))
     hosts = [Connection(host, command, folder / f"{host}.log", host == first) for host, command in commands.items()]
     kill_at: float | None = None
+    next_sign = time.monotonic() + _SIGN_OF_LIFE_S
     while any(host.process.poll() is None for host in hosts):
         time.sleep(0.1)
         while words:
             word = words.pop(0)
             _tell(hosts, word)
             kill_at = time.monotonic() + _KILLED_WAIT_S if word == "kill" else kill_at
+        if time.monotonic() > next_sign:
+            _tell(hosts, "here")
+            next_sign = time.monotonic() + _SIGN_OF_LIFE_S
         if kill_at is None and any(host.process.poll() for host in hosts):
             kill_at = time.monotonic() + _OTHERS_LEAVE_S
         if kill_at is not None and time.monotonic() > kill_at:

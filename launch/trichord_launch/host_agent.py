@@ -1,8 +1,8 @@
 """What ssh starts on a host: `python -m trichord_launch.host_agent PYTHON-WORDS ...`, around torchrun.
 
-Reads what the launcher says from standard input: a line `stop` asks the ranks to save and stop, `kill` ends them. When
-the connection is gone so is the launcher, or the network: the ranks are asked to save and stop, as when a launcher on
-their own machine dies.
+Reads what the launcher says from its input: a line `stop` asks the ranks to save and stop, `kill` ends them, `here`
+is a sign of life. Where the connection is gone or silent, so is the launcher: the ranks are asked to save and stop, as
+when a launcher on their own machine dies.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 
 from trichord_launch.node import threads_per_rank
-from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
+from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers, ranks_of
 
 _LEFTOVER_GRACE_S = 5.0
+_BARRIER_S = 60.0  # torchrun whose ranks have gone waits for those of other hosts, for minutes where they died
+_SILENCE_S = 120.0  # a network that is cut breaks no connection: only silence tells
 
 
 class Agent:
@@ -28,6 +31,9 @@ class Agent:
     def __init__(self, words: list[str]):
         self._launch_id = secrets.token_hex(8)
         self._killed = False
+        self._asked = threading.Lock()  # held once the ranks have been asked
+        self._asked_at = float("inf")
+        self._heard = time.monotonic()
         environ = {**os.environ, LAUNCH_ID: self._launch_id}
         environ["OMP_NUM_THREADS"] = threads_per_rank(environ, len(os.sched_getaffinity(0)))
         tools = os.path.dirname(os.path.abspath(sys.executable))  # ninja, which DeepSpeed calls by name
@@ -43,6 +49,7 @@ class Agent:
     def listen(self, lines: Iterable[str]) -> None:
         """Do what the launcher says, until it says nothing more."""
         for line in lines:
+            self._heard = time.monotonic()
             if line.strip() == "stop":
                 self._stop("asked to stop")
             elif line.strip() == "kill":
@@ -51,14 +58,25 @@ class Agent:
 
     def wait(self) -> int:
         """Until torchrun has ended, and nothing of it is left; returns its exit code."""
-        code = self._process.wait()
+        while (code := self._until_it_ends(1.0)) is None:
+            if time.monotonic() - self._heard > _SILENCE_S:
+                self._stop("nothing is heard of the launcher")
+            if time.monotonic() - self._asked_at > _BARRIER_S and not ranks_of(self._process.pid):
+                self._process.kill()
         left = end_leftovers(self._launch_id, 0.0 if self._killed else _LEFTOVER_GRACE_S)
         if left:
             _say(f"ended {len(left)} processes that the job had left running")
         return code
 
+    def _until_it_ends(self, limit_s: float) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(limit_s)
+        return None
+
     def _stop(self, why: str) -> None:
-        if self._process.poll() is None:
+        """Once only: a rank that is asked twice would be interrupted while it saves."""
+        if self._process.poll() is None and self._asked.acquire(blocking=False):
+            self._asked_at = time.monotonic()
             ranks = ask_to_stop(self._process.pid)
             _say(f"{why}: {ranks} ranks are to save and stop" if ranks else f"{why}: before training began")
 

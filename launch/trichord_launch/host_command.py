@@ -26,7 +26,8 @@ class HostsJob:
 
     hosts: names under which they reach each other, and ssh reaches them; the first one hosts the rendezvous.
     modules, setup: shell words and lines before the interpreter starts. python: on the hosts. ssh: the client's words.
-    stop_timeout_s: how long ranks may take to save after a signal that reaches torchrun itself.
+    gpus: whether ranks use them; None: where a host has some. stop_timeout_s: how long ranks may take to save after a
+    signal that reaches torchrun itself.
     """
 
     run_folder: Path
@@ -44,7 +45,7 @@ class HostsJob:
     setup: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     network_interface: str | None = None
-    gpus: bool = True
+    gpus: bool | None = True
     stop_timeout_s: float = 660.0
     runner: tuple[str, ...] = RUNNER
     entry: tuple[str, ...] = TRAIN_ENTRY
@@ -59,14 +60,18 @@ def train_commands(job: HostsJob) -> dict[str, list[str]]:
     return {host: ssh_command(job, host, _train_words(job, node)) for node, host in enumerate(job.hosts)}
 
 
-def ssh_command(job: HostsJob, host: str, words: Sequence[str]) -> list[str]:
-    """`words`, given to the host's interpreter inside the job's environment."""
-    lines = [f"cd {shlex.quote(str(job.cwd))}"]
+def ssh_command(job: HostsJob, host: str, words: Sequence[str], limit_s: float | None = None) -> list[str]:
+    """`words`, given to the host's interpreter inside the job's environment; ended there after `limit_s`."""
+    lines = ["set -eo pipefail", f"cd {shlex.quote(str(job.cwd))}"]  # as the batch script of a Slurm job does
     lines += [f"module load {' '.join(map(shlex.quote, job.modules))}"] if job.modules else []
+    # Each by itself: a comment at its end takes nothing else with it, nor does it read what the agent is told.
+    lines += [f"eval {shlex.quote(line)} </dev/null" for line in job.setup]
     variables = [f"{name}={shlex.quote(value)}" for name, value in host_environment(job).items()]
-    lines += [*job.setup, f"exec env {' '.join(variables)} {shlex.join([job.python, *words])}"]
-    login = ["bash", "-lc", " && ".join(lines)]  # whatever the login shell there is; a login, so that `module` exists
-    return [*job.ssh, *SSH_OPTIONS, host, "--", f"exec {shlex.join(login)}"]
+    lines += [f"exec env {' '.join(variables)} {shlex.join([job.python, *words])}"]
+    login = ["bash", "-lc", "; ".join(lines)]  # whatever the login shell there is; a login, so that `module` exists
+    # The end of a connection ends nothing on the host by itself.
+    limited = ["timeout", "-k", "5", f"{limit_s:g}", *login] if limit_s is not None else login
+    return [*job.ssh, *SSH_OPTIONS, host, "--", f"exec {shlex.join(limited)}"]
 
 
 def fan_out(job: HostsJob, python: str) -> Command:
@@ -93,7 +98,7 @@ def host_environment(job: HostsJob) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TRICHORD_RANKS_PER_NODE": str(job.procs),
     }
-    if not job.gpus:
+    if job.gpus is False:
         variables["DS_ACCELERATOR"] = "cpu"
     if job.network_interface:
         variables |= {"GLOO_SOCKET_IFNAME": job.network_interface, "NCCL_SOCKET_IFNAME": job.network_interface}

@@ -19,7 +19,7 @@ from trichord.config.identity import inspect_run_folder, run_path
 from trichord.config.load import load_cluster, load_run_config
 from trichord.core.errors import ConfigError
 from trichord_launch.command import TRAIN_ENTRY, Command
-from trichord_launch.host_command import RUNNER, HostsJob, as_shell, fan_out, ssh_command
+from trichord_launch.host_command import RUNNER, HostsJob, address, as_shell, fan_out, ssh_command
 from trichord_launch.job import NodeCheck
 from trichord_launch.machine import this_machine
 from trichord_launch.node_problems import Asked, Report, bad_nodes
@@ -28,8 +28,9 @@ from trichord_launch.steps import PORTS, check_words
 from trichord_launch.supervise import supervise
 from trichord_launch.verdict import Verdict
 
-_HOST = re.compile(r"([A-Za-z0-9_.-]+@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")
+_HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")
 _STOP_MARGIN_S = 60.0
+_LIMIT_MARGIN_S = 10.0  # the host ends its check by itself; this is for one that does not answer at all
 _AT_ONCE = 32  # hosts that are looked at side by side
 
 
@@ -61,17 +62,18 @@ def read_hosts(named: str | None, file: Path | None) -> tuple[str, ...]:
         raise ConfigError("name the hosts by --hosts n1,n2 or by --hostfile FILE, one of the two")
     if file is not None:
         try:
-            lines = [line.partition("#")[0].split() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.partition("#")[0].split() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--hostfile {file} cannot be read: {error}") from error
         hosts = [words[0] for words in lines if words]
     else:
         hosts = [name.strip() for name in (named or "").split(",") if name.strip()]
+    addresses = [address(host) for host in hosts]
     for host in hosts:
         if not _HOST.fullmatch(host):
             raise ConfigError(f"{host!r} is no name of a host; expected such as node1, 10.0.0.7 or user@node1")
-        if hosts.count(host) > 1:
-            raise ConfigError(f"host {host} is named twice; ranks per host are set by --procs")
+        if addresses.count(address(host)) > 1:
+            raise ConfigError(f"host {address(host)} is named twice; ranks per host are set by --procs")
     if not hosts:
         raise ConfigError("no host is named")
     return tuple(hosts)
@@ -122,39 +124,55 @@ def require_fit_hosts(job: HostsJob, check: NodeCheck) -> None:
     def ask(host: str) -> tuple[str, Report | None]:
         own = folder / host  # hosts may think they all have one name
         words = check_words(check, own, str(job.run_folder), gpus)
-        return _ask_host(ssh_command(job, host, words), own, check.timeout_s)
+        return _ask_host(ssh_command(job, host, words, check.timeout_s), own, check.timeout_s)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = dict(zip(job.hosts, pool.map(ask, job.hosts), strict=True))
     silent = [f"  {host}: {said}" for host, (said, report) in answers.items() if report is None]
     reports = {host: report for host, (_, report) in answers.items() if report is not None}
     bad = bad_nodes(reports, Asked(began, time.time(), check.max_clock_skew_s))
+    bad |= {host: why for host, report in reports.items() if host not in bad and (why := _lacks_torch(job, report))}
     told = [*silent, *(f"  {host}: {why}" for host, why in bad.items())]
     if told:
         many = f"{len(told)} of {len(job.hosts)} hosts"
         raise ConfigError(f"{many} cannot train; leave them out, or mend them:\n" + "\n".join(told))
 
 
+def _lacks_torch(job: HostsJob, report: Report) -> str:
+    if report.get("versions", {}).get("torch", "any") is not None:
+        return ""
+    return f"{job.python} has no torch there; name another interpreter by `python` in a cluster file"
+
+
 def _ask_host(command: list[str], folder: Path, timeout_s: float) -> tuple[str, Report | None]:
     """(what went wrong, None), or ("", what the host says of itself)."""
     folder.mkdir(parents=True, exist_ok=True)
+    late = f"it did not answer within {timeout_s:g} s (node_check.timeout_s)"
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",  # whatever a login shell may print
+            timeout=timeout_s + _LIMIT_MARGIN_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"it did not answer within {timeout_s:.0f} s", None
+        return late, None
     except OSError as error:
-        return f"{command[0]} cannot be started: {error.strerror}", None
+        return f"{command[0]} cannot be started: {error.strerror}; is OpenSSH's client installed here?", None
     written = sorted(folder.glob("*.json"))
     if done.returncode == 0 and written:
         return "", read_json(written[0])
     said = " ".join(done.stderr.strip().splitlines()[-1:])[:300]
     if done.returncode == 255:
         return f"ssh cannot reach it ({said}); `ssh -o BatchMode=yes HOST true` must work without a password", None
+    if done.returncode in (124, 137):
+        return late, None
     if done.returncode == 0:
         return f"it does not share {folder} with this machine; put run.root on a file system that all hosts see", None
-    return f"its check ended with {done.returncode} ({said})", None
+    return f"its check ended with {done.returncode} ({said or 'it said nothing'})", None
 
 
 def _prepare(request: Request) -> tuple[HostsJob, str]:
@@ -169,7 +187,9 @@ def _prepare(request: Request) -> tuple[HostsJob, str]:
     machine = this_machine()
     gpus = cluster.gpus_per_node if cluster is not None else machine.gpus
     procs = request.procs if request.procs is not None else max(1, gpus)
-    on_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and gpus > 0
+    chosen = (cluster.env if cluster is not None else {}).get("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR"))
+    # Without a cluster file, a machine without GPUs knows nothing of those of the hosts.
+    on_gpus = chosen != "cpu" and (gpus > 0 or None)
     if cluster is not None and on_gpus and procs > gpus:
         raise ConfigError(f"--procs {procs} needs {procs} GPUs per host, the cluster file says {gpus}")
     path = Path(request.config)

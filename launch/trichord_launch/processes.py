@@ -21,11 +21,16 @@ def ask_to_stop(runner: int) -> int:
     (data workers, W&B), kill ranks that take longer than its limit to save, and end with code 1. Before there are
     ranks, torchrun (`runner`) is ended.
     """
-    ranks = [pid for pid in _children(runner) if b"LOCAL_RANK" in _environment(pid)]
+    ranks = ranks_of(runner)
     for pid in ranks or [runner]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     return len(ranks)
+
+
+def ranks_of(runner: int) -> list[int]:
+    """Process ids of the ranks that torchrun (`runner`) has started."""
+    return [pid for pid in _children(runner) if b"LOCAL_RANK" in _environment(pid)]
 
 
 def end_leftovers(launch_id: str, grace_s: float) -> list[int]:

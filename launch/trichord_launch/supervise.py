@@ -34,6 +34,12 @@ def ask_local_ranks(runner: int) -> str:
     return f"asked {ranks} ranks to save and stop" if ranks else "stopping before training began"
 
 
+def tell(text: str) -> None:
+    """To the user, who may be gone: of a closed terminal comes a SIGHUP, and then no line can be written."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def supervise(
     folder: Path,
     command_of: CommandOf,
@@ -43,7 +49,7 @@ def supervise(
     leftover_grace_s: float = 5.0,
     ask: Callable[[int], str] = ask_local_ranks,
     kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = tell,
 ) -> Verdict:
     """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
 

@@ -1,6 +1,7 @@
 """Runs on a list of hosts, over a real ssh: finish, stop, kill, crash, a host that is gone, a launcher that dies."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
 from trichord_launch.cli import app
-from trichord_launch.host_command import HostsJob, host_environment, train_commands
-from trichord_launch.hosts import Request, launch_hosts, read_hosts, show_hosts
+from trichord_launch.host_agent import Agent
+from trichord_launch.host_command import HostsJob, host_environment, ssh_command, train_commands
+from trichord_launch.hosts import Request, _ask_host, launch_hosts, read_hosts, show_hosts
 from trichord_launch.job import NodeCheck
+from trichord_launch.machine import Machine
 
 HERE = Path(__file__).parent
 LIMIT_S = 90.0
@@ -193,10 +196,14 @@ def test_only_the_first_host_hosts_the_rendezvous():
 
 @pytest.mark.parametrize(
     ("text", "hosts"),
-    [("n1\nn2 slots=8\n\n# n3\n", ("n1", "n2")), ("me@10.0.0.7   # first\nn2\n", ("me@10.0.0.7", "n2"))],
+    [
+        ("n1\nn2 slots=8\n\n# n3\n", ("n1", "n2")),
+        ("me@10.0.0.7   # first\nn2\n", ("me@10.0.0.7", "n2")),
+        ("\ufeffn1\r\nn2\r\n", ("n1", "n2")),
+    ],
 )
 def test_a_hostfile_has_one_host_per_line(tmp_path, text, hosts):
-    (tmp_path / "hosts").write_text(text)
+    (tmp_path / "hosts").write_text(text, encoding="utf-8", newline="")
     assert read_hosts(None, tmp_path / "hosts") == hosts
 
 
@@ -206,6 +213,8 @@ def test_a_hostfile_has_one_host_per_line(tmp_path, text, hosts):
         (None, None, "one of the two"),
         ("n1", "hosts", "one of the two"),
         ("n1,n1", None, "named twice"),
+        ("n1,me@n1", None, "host n1 is named twice"),
+        ("-oProxyCommand@n1", None, "is no name of a host"),
         ("-oProxyCommand=evil", None, "is no name of a host"),
         ("n1;reboot", None, "is no name of a host"),
         (" , ", None, "no host is named"),
@@ -215,6 +224,66 @@ def test_a_hostfile_has_one_host_per_line(tmp_path, text, hosts):
 def test_hosts_that_cannot_be_meant(tmp_path, named, file, match):
     with pytest.raises(ConfigError, match=match):
         read_hosts(named, tmp_path / file if file else None)
+
+
+def on_host(setup, code, limit_s=None, stdin=""):
+    """What a host would run, run here."""
+    job = HostsJob(Path("/r"), "far", "c", (), ("n1",), 1, 1, 20007, Path("/"), sys.executable, setup=tuple(setup))
+    words = ssh_command(job, "n1", ["-c", code], limit_s)
+    return subprocess.run(["sh", "-c", words[-1]], input=stdin, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_lines_of_setup_do_not_disturb_each_other():
+    setup = ["export A=1 # a comment", "false || true", "cat >/dev/null", "export B='it''s'"]
+    done = on_host(setup, "import os, sys; print(os.environ['A'], os.environ['B'], sys.stdin.read())", stdin="stop")
+    assert done.stdout == "1 its stop\n", done.stderr
+
+
+@pytest.mark.parametrize("line", ["false", "false; true", "export A='open", "exit 4"])
+def test_a_line_of_setup_that_fails_ends_the_start(line):
+    done = on_host([line], "print('started')")
+    assert done.returncode != 0
+    assert not done.stdout
+
+
+def test_a_check_that_never_ends_is_ended_on_the_host():
+    began = time.monotonic()
+    assert on_host(["sleep 50"], "print('started')", limit_s=0.5).returncode == 124
+    assert time.monotonic() - began < 30
+
+
+def test_what_a_host_says_need_not_be_text(tmp_path):
+    said, report = _ask_host(["sh", "-c", "printf 'gr\\374ezi\\n' >&2; exit 3"], tmp_path / "n1", 30.0)
+    assert said == "its check ended with 3 (gr\ufffdezi)"
+    assert report is None
+
+
+def test_hosts_may_have_gpus_where_the_launcher_has_none(world, monkeypatch):
+    monkeypatch.setattr("trichord_launch.hosts.this_machine", lambda: Machine(8, 0))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert "DS_ACCELERATOR" not in show_hosts(Request("run.yaml", ("n1",), procs=8))
+    (world / "cpus.yaml").write_text("name: cpus\nnodes: 2\ngpus_per_node: 2\nenv: {DS_ACCELERATOR: cpu}\n")
+    shown = show_hosts(Request("run.yaml", ("n1",), cluster="cpus.yaml", procs=4))
+    assert "DS_ACCELERATOR=cpu" in shown
+
+
+def test_hosts_are_read_on_when_nobody_looks_any_more(tmp_path):
+    chatty = shlex.join([sys.executable, "-c", "print(('x' * 99 + '\\n') * 9999); open('end', 'w')"])
+    words = [sys.executable, "-m", "trichord_launch.fan_out", str(tmp_path / "logs"), "n1", chatty]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=tmp_path)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "end").exists()
+    assert len((tmp_path / "logs" / "n1.log").read_text()) == 9999 * 100 + 1
+
+
+def test_ranks_stop_when_nothing_is_heard_of_the_launcher(monkeypatch):
+    """A network that is cut leaves the connection as it was."""
+    monkeypatch.setattr("trichord_launch.host_agent._SILENCE_S", 0.5)
+    monkeypatch.setenv("TRICHORD_RANKS_PER_NODE", "1")
+    began = time.monotonic()
+    assert Agent(["-c", "import time; time.sleep(50)"]).wait() == -signal.SIGTERM
+    assert time.monotonic() - began < 30
 
 
 def test_options_that_do_not_fit(world):
