@@ -8,8 +8,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Okabe and Ito's colours: told apart with any colour vision, and on a white ground.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
+# Okabe and Ito's colours, told apart with any colour vision; a grey in the place of their black, for dark pages.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D5761", "#8C564B")
+# Drawn in the page's own colours, where it names them: a page may be dark.
+_PAGE_COLORS = {
+    "#e3e6ea": "var(--grid, #e3e6ea)",
+    "#9aa3ad": "var(--axis, #9aa3ad)",
+    "#48515b": "var(--label, #48515b)",
+    "#7a8591": "var(--axis, #7a8591)",
+    "#4d5761": "var(--label, #4d5761)",
+}
 _MAX_POINTS = 240
 _MIN_BARS = 6  # room for as many, so that two bars are no walls
 _MAX_NAME = 22  # characters of a bar's name
@@ -18,11 +26,15 @@ _SIZE_IN = (5.2, 2.9)  # shown at 300 to 700 pixels: labels stay readable at bot
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: label in the legend, steps (ascending) and values; nan leaves a gap."""
+    """One curve: label in the legend, steps (ascending) and values; nan leaves a gap.
+
+    target_of: it says what the curve of that number should be: dashed, in its colour, without an entry in the legend.
+    """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
+    target_of: int | None = None
 
 
 def line_chart(
@@ -42,6 +54,9 @@ def line_chart(
     figure, axes = _figure(unit)
     for line, color in zip(lines, _cycle(len(lines))):
         steps, means, lows, highs = thin(line.steps, line.values)
+        if line.target_of is not None:
+            axes.plot(steps, means, color=COLORS[line.target_of % len(COLORS)], linewidth=0.9, linestyle=(0, (4, 3)))
+            continue
         single = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
         axes.plot(steps, means, color=color, linewidth=1.4, label=line.label, **single)
         if len(steps) < len(line.steps):
@@ -163,6 +178,7 @@ def _embed(svg: str, key: str) -> str:
     svg = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", svg)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'="[^"]*"', _rounded, svg)
+    svg = re.sub("|".join(_PAGE_COLORS), lambda color: _PAGE_COLORS[color[0]], svg)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     # Charts of one page use the same ids for different shapes.

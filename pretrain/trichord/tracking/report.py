@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +12,22 @@ import yaml
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
-from trichord.tracking.charts import Line, line_chart, stacked_chart
-from trichord.tracking.metrics import series
-from trichord.tracking.pages import page_templates
+from trichord.tracking.differences import config_differences
+from trichord.tracking.pages import file_uri, page_templates
+from trichord.tracking.previews import read_previews
 from trichord.tracking.progress import duration, quantity
 from trichord.tracking.record import RunRecord, read_record
+from trichord.tracking.report_charts import report_charts
 
-# The parts of a step, in the order they happen; whatever of `speed/step_ms` they leave is "other".
-_STEP_PARTS = (
-    "data/wait_ms",
-    "speed/features_ms",
-    "speed/forward_ms",
-    "speed/backward_ms",
-    "speed/forward_backward_ms",
-    "speed/update_ms",
-    "speed/save_ms",
-)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """One chart: which metrics it shows. A metric goes to the first group that takes it."""
-
-    title: str
-    pattern: str
-    unit: str = ""
-    log: bool = False
-    from_zero: bool = False
-
-
-_GROUPS = (
-    _Group("Loss", r"train/loss"),
-    _Group("Next-token loss per source", r"train/loss/next_token/source/.+"),
-    _Group("Next-token loss by what samples hold", r"train/loss/next_token/modality/.+"),
-    _Group("Loss per objective", r"train/loss/.+"),
-    _Group("Evaluation", r"eval/.+"),
-    _Group("Throughput", r"speed/tokens_per_s", "tokens/s"),
-    _Group("Samples per second", r"speed/samples_per_s", "samples/s"),
-    _Group("FLOPs utilisation", r".*[mh]fu_frac", "share of peak"),
-    _Group("Model FLOPs", r"speed/flops_per_s", "FLOP/s"),
-    _Group("Sent by a rank per step", r"comm/wire_mib(/.+)?", "MiB", from_zero=True),
-    _Group("Memory", r"memory/.+_gib", "GiB", from_zero=True),
-    _Group("Gradient norm", r"train/grad_norm", log=True),
-    _Group("Learning rate", r"train/lr(/.+)?"),
-    _Group("Useful tokens", r"data/useful_tokens_frac", "share of all positions"),
-    _Group("Data mix", r"data/mix_frac/.+", "share of samples", from_zero=True),
-    _Group("Target mix", r"data/mix_target_frac/.+", "share of samples", from_zero=True),
-    _Group("Imbalance over ranks", r"data/imbalance.*", "largest / mean"),
-    _Group("Bad samples", r"data/bad_samples", "samples so far"),
-)
 _MAX_EVENTS = 200
-_MAX_LEGEND = 8
+_PREVIEW_STEPS = 3
+# Events that a reader looks for, by how they are marked.
+_EVENT_LOOKS = {
+    **dict.fromkeys(("fault", "checkpoint_failed"), "failed"),
+    **dict.fromkeys(("skipped_step", "slow"), "stopped"),
+    **dict.fromkeys(("checkpoint", "mirror"), "finished"),
+    **dict.fromkeys(("start", "end"), "running"),
+}
 
 
 def render_report(folders: Sequence[Path], out: Path) -> Path:
@@ -83,7 +46,8 @@ def render_report(folders: Sequence[Path], out: Path) -> Path:
         "runs": [_run_view(run) for run in runs],
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "compared": _comparison(runs) if len(runs) > 1 else None,
-        "charts": _charts(runs),
+        "differences": config_differences([run.config for run in runs]) if len(runs) > 1 else [],
+        "charts": report_charts(runs),
         "written": _moment(time.time()),
     }
     return write_atomically(Path(out), _template().render(context))
@@ -96,71 +60,12 @@ def _template():
     return environment.get_template("report.html.j2")
 
 
-def _charts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """All charts of the page in order: the known groups, the split of the step, then whatever else was logged."""
-    names = list(dict.fromkeys(name for run in runs for name in run.names))
-    charts, taken = [], set()
-    for group in _GROUPS:
-        found = [name for name in names if name not in taken and re.fullmatch(group.pattern, name)]
-        taken.update(found)
-        if found:
-            charts.append(_chart(group, runs, found))
-        if group.title == "Throughput":
-            charts += [chart for run in runs if (chart := _step_split(run, len(runs) > 1))]
-    taken.update((*_STEP_PARTS, "speed/step_ms", "train/tokens_seen", "train/samples_seen"))
-    others = [name for name in names if name not in taken]
-    return charts + [_chart(_Group(name, re.escape(name)), runs, [name]) for name in others]
-
-
-def _chart(group: _Group, runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
-    lines = []
-    for run in runs:
-        for name in names:
-            steps, values = series(run.rows, name)
-            if steps:
-                lines.append(Line(_label(run, name, len(runs), names), steps, values))
-    marks = runs[0].resumed_at if len(runs) == 1 else []
-    svg = line_chart(
-        lines[:_MAX_LEGEND],
-        key=group.title,
-        unit=group.unit,
-        marks=marks,
-        log=group.log,
-        from_zero=group.from_zero,
-    )
-    left_out = max(0, len(lines) - _MAX_LEGEND)
-    note = f"{left_out} more curves are in metrics.jsonl" if left_out else ", ".join(names)
-    return {"title": group.title, "svg": svg, "note": note}
-
-
-def _label(run: RunRecord, name: str, num_runs: int, names: Sequence[str]) -> str:
-    short = name.rpartition("/")[2] if len({other.rpartition("/")[0] for other in names}) == 1 else name
-    if num_runs == 1:
-        return short
-    return run.name if len(names) == 1 else f"{run.name}: {short}"
-
-
-def _step_split(run: RunRecord, name_it: bool) -> dict[str, Any] | None:
-    """Where the time of a step goes, stacked; the mean over ranks and steps that the loop logged."""
-    parts = [name for name in _STEP_PARTS if name in run.names]
-    rows = [row for row in run.rows if all(name in row for name in parts)]
-    if not parts or not rows:
-        return None
-    steps = [row["step"] for row in rows]
-    lines = [Line(name.rpartition("/")[2].removesuffix("_ms"), steps, [row[name] for row in rows]) for name in parts]
-    if all("speed/step_ms" in row for row in rows):
-        rest = [max(0.0, row["speed/step_ms"] - sum(row[name] for name in parts)) for row in rows]
-        lines.append(Line("other", steps, rest))
-    title = f"Time of a step: {run.name}" if name_it else "Time of a step"
-    svg = stacked_chart(lines, key=f"split-{run.folder}", unit="ms", marks=run.resumed_at)
-    return {"title": title, "svg": svg, "note": ", ".join(parts)}
-
-
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
     """The headline figures of a run: (label, text)."""
     found = [
         ("loss, last", run.last("train/loss"), figure),
         ("tokens/s", run.typical("speed/tokens_per_s"), quantity),
+        ("MFU", run.typical("speed/mfu_frac"), _percent),
         ("samples/s", run.typical("speed/samples_per_s"), quantity),
         ("step", run.typical("speed/step_ms"), lambda value: f"{figure(value)} ms"),
         ("waiting for data", _share(run.typical("data/wait_ms"), run.typical("speed/step_ms")), _percent),
@@ -168,6 +73,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str]]:
         ("peak memory", run.largest("memory/"), lambda value: f"{figure(value)} GiB"),
         ("tokens seen", run.last("train/tokens_seen"), quantity),
         ("samples seen", run.last("train/samples_seen"), quantity),
+        ("sent per step", run.typical("comm/wire_mib") or None, lambda value: f"{figure(value)} MiB"),
         ("bad samples", run.last("data/bad_samples"), quantity),
     ]
     tiles = [(label, text(value)) for label, value, text in found if value is not None]
@@ -204,11 +110,31 @@ def _run_view(run: RunRecord) -> dict[str, Any]:
         "bad": run.bad_by_reason(),
         "bad_total": len(run.quarantine),
         "bad_examples": [[line.get(k) or "" for k in ("shard", "key", "member")] for line in run.quarantine[-10:]],
+        "previews": _previews(run),
         "events": [_event(event) for event in run.events[-_MAX_EVENTS:]],
         "events_total": len(run.events),
         "summary": _summary(run),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
     }
+
+
+def _previews(run: RunRecord) -> list[dict[str, Any]]:
+    """The newest steps' samples, pictures and sounds as data of the page; what is not there any more is left out."""
+    lines = read_previews(run.folder)
+    steps = sorted({line["step"] for line in lines})[-_PREVIEW_STEPS:]
+    return [
+        {"step": step, "samples": [_sample(run, line) for line in lines if line["step"] == step]}
+        for step in reversed(steps)
+    ]
+
+
+def _sample(run: RunRecord, line: dict[str, Any]) -> dict[str, Any]:
+    def embedded(names: Any, kind: str) -> list[str]:
+        return [uri for name in names or [] if (uri := file_uri(run.folder, str(name), kind))]
+
+    texts = {key: line.get(key) or "" for key in ("source", "given", "wanted", "predicted")}
+    images, clips = embedded(line.get("images"), "image/jpeg"), embedded(line.get("clips"), "audio/wav")
+    return {**texts, "right": line.get("right_frac"), "images": images, "clips": clips}
 
 
 def _results(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,6 +172,7 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     return {
         "time": _moment(event["time"]) if isinstance(event.get("time"), (int, float)) else "",
         "kind": str(event.get("kind", "")),
+        "look": _EVENT_LOOKS.get(str(event.get("kind")), ""),
         "step": event.get("step"),
         "facts": ", ".join(f"{key} {_short(value)}" for key, value in facts.items()),
     }
