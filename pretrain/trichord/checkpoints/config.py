@@ -1,8 +1,8 @@
 """Config of the checkpoints room: when to save, what to keep, and where else to keep it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from trichord.core.leaf import Leaf
 
@@ -24,7 +24,7 @@ class CheckpointsConfig(Leaf):
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints whose step is a multiple of this are never removed."""
     keep_best: KeepBest | None = None
-    mirror: str | None = None
+    mirror: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] | None = None
     """Copies of the checkpoints elsewhere: `s3://bucket/prefix`, `gs://...`, any fsspec URL or a path. They go below
     `MIRROR/RUN` in the background, under the same rules of what is kept, and a run goes on from there where its own
     folder has none, or older ones."""

@@ -14,10 +14,10 @@ from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.manifest import TRAIN_STATE_FILE, Manifest, checkpoint_name, incomplete_reason, step_folders
 from trichord.checkpoints.mirror_store import MirrorStore
 from trichord.checkpoints.retention import reasons_to_keep, score_of, shown_reasons
-from trichord.core.errors import CheckpointError
+from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.log import get_logger
 from trichord.shards.cache import cache_root, name_of
-from trichord.shards.locations import is_remote, shown
+from trichord.shards.locations import is_remote, local_path, shown
 
 log = get_logger(__name__)
 
@@ -134,8 +134,11 @@ class Mirror:
 
 
 def mirror_of(mirror: str, run_folder: Path) -> str:
-    """The place of one run: `MIRROR/RUN`."""
-    return f"{mirror.rstrip('/')}/{Path(run_folder).name}"
+    """The place of one run: `MIRROR/RUN`. Raises ConfigError: that is the run folder itself."""
+    place = f"{mirror.rstrip('/')}/{Path(run_folder).name}"
+    if not is_remote(place) and Path(local_path(place)).resolve() == Path(run_folder).resolve():
+        raise ConfigError(f"checkpoints.mirror {mirror} is where the run itself lies ({place}); choose another place")
+    return place
 
 
 def fetch_newer(mirror: str, run_folder: Path) -> Path | None:

@@ -163,16 +163,15 @@ class MirrorStore:
         return [info["name"].rpartition("/")[2] for info in self._list(name, True) if info.get("type") == "file"]
 
     def _put_file(self, path: Path, name: str) -> int:
-        size = path.stat().st_size
-
-        def put() -> None:
+        def put() -> int:
+            size = path.stat().st_size  # looked at anew in each try: what lies beside checkpoints may just be written
             self._call("put_file", str(path), self._at(name), size=size)
             stored = self._call("info", self._at(name))["size"]
             if stored != size:
                 raise ConnectionError(f"{stored} bytes arrived of {size}")
+            return size
 
-        self._patiently(put, f"uploading {name}")
-        return size
+        return self._patiently(put, f"uploading {name}")
 
     def _get_file(self, name: str, path: Path) -> None:
         def get() -> None:

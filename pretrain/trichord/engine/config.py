@@ -1,8 +1,8 @@
 """Config of the engine room: optimizer, ZeRO stage, precision."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from trichord.core.leaf import Leaf
 from trichord.core.schedule import ScheduleName
@@ -10,6 +10,11 @@ from trichord.fusion.config import RoomName
 
 # bf16 has 8 significant bits: what falls by less than 2^-8 of itself in a step is rounded back to where it was.
 LARGEST_BF16_BETA = 1.0 - 2.0**-8
+
+# Torch keeps time limits as whole nanoseconds in 64 bits; a month is longer than any collective.
+LONGEST_TIMEOUT_S = 30 * 86400.0
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RoomRates(Leaf):
@@ -48,7 +53,7 @@ class EngineConfig(Leaf):
     optimizer_states: Literal["fp32", "bf16"] = "fp32"
     """adamw and adam: how the two moments are stored. bf16 takes 4 bytes of a parameter less; the update stays fp32."""
     lr: float = Field(default=3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """All but sgd and rmsprop: of the first and second moment. rmsprop: the second is the decay of its average."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """sgd and rmsprop."""
@@ -78,9 +83,9 @@ class EngineConfig(Leaf):
     """Stage 3 on several ranks: build the model in slices, so that no rank ever holds it whole."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
-    timeout_s: float = Field(default=1800.0, gt=0)
+    timeout_s: float = Field(default=1800.0, gt=0, le=LONGEST_TIMEOUT_S)
     """Limit of any collective, applied to every process group."""
-    heartbeat_timeout_s: float = Field(default=20.0, ge=3.0)
+    heartbeat_timeout_s: float = Field(default=20.0, ge=3.0, le=LONGEST_TIMEOUT_S)
     """A rank whose peer has given no sign of life for this long leaves without saving."""
     stuck_after_s: float | None = Field(default=None, gt=0)
     """When nothing has moved on any rank for this long, the run says which rank is stuck in what, and leaves; it warns
@@ -89,7 +94,7 @@ class EngineConfig(Leaf):
     """Keep optimizer states (optimizer) or also parameters (all, stage 3) in host memory."""
     offload_optimizer: Literal["deepspeed", "torch"] = "deepspeed"
     """adamw and adam under `offload`: DeepSpeed's CPU Adam (C++, built at the first use), or torch's."""
-    nvme_path: str | None = None
+    nvme_path: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] | None = None
     """Folder on a local NVMe disk: what `offload` names goes there instead of host memory. Stage 3. Untested."""
     hpz_ranks: int = Field(default=1, ge=1)
     """Stage 3: keep a second copy of the weights in slices over so many ranks, those of a node, and gather from it in

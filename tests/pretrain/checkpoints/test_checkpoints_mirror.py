@@ -282,6 +282,33 @@ def test_a_place_that_no_file_system_knows(tmp_path):
         Mirror(tmp_path / "demo", config(mirror="nosuch://x"))
 
 
+def test_a_mirror_is_not_the_run_itself(tmp_path):
+    for mirror in (str(tmp_path), f"file://{tmp_path}/"):
+        with pytest.raises(ConfigError, match="where the run itself lies"):
+            Mirror(tmp_path / "demo", config(mirror=mirror))
+
+
+@pytest.mark.parametrize("mirror", ["", "  "])
+def test_a_mirror_has_a_name(mirror):
+    with pytest.raises(ValueError, match="at least 1 character"):
+        CheckpointsConfig(mirror=mirror)
+
+
+def test_a_file_that_is_still_being_written_arrives_whole(tmp_path, monkeypatch):
+    store, path = MirrorStore(str(tmp_path / "mounted")), tmp_path / "tokenizer.json"
+    path.write_text("")
+    ask = store._call
+
+    def write_the_rest(method, *args, **kwargs):
+        if method == "put_file":
+            path.write_text("whole")
+        return ask(method, *args, **kwargs)
+
+    monkeypatch.setattr(store, "_call", write_the_rest)
+    assert store._put_file(path, "tokenizer/tokenizer.json") == 5
+    assert (tmp_path / "mounted/tokenizer/tokenizer.json").read_text() == "whole"
+
+
 def test_a_manifest_cannot_lead_elsewhere(s3, tmp_path):
     run = tmp_path / "demo"
     copied(run, make(run, 10))

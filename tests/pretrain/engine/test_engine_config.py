@@ -65,9 +65,13 @@ def test_messages_grow_with_the_model(num_parameters, expected):
             {"zero_stage": 3, "activation_checkpointing": "selective", "checkpoint_every_blocks": 2},
             "got checkpoint_every_blocks 2",
         ),
+        ({"betas": (1.0, 0.95)}, "betas.0"),
+        ({"betas": (0.9, -0.1)}, "betas.1"),
+        ({"timeout_s": 1e20}, "less than or equal to 2592000"),
+        ({"zero_stage": 3, "offload": "all", "nvme_path": " "}, "at least 1 character"),
     ],
 )
-def test_what_does_not_go_together_is_refused(wrong, message):
+def test_what_is_wrong_or_does_not_go_together_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**wrong)
 
