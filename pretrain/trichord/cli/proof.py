@@ -88,10 +88,13 @@ def selftest_resume(
     json_file: JsonFile = None,
 ) -> int:
     """Train, kill -9, resume on the same and on another split, compare; exit code 1 where they differ."""
-    from trichord.selftest.training import Split, resume_cases
+    from dataclasses import replace
+
+    from trichord.selftest.kills import resume_cases
 
     def cases(trial):
-        return resume_cases(trial, Split(other_procs, trial.split.stage if other_stage is None else other_stage))
+        stage = trial.split.stage if other_stage is None else other_stage
+        return resume_cases(trial, replace(trial.split, procs=other_procs, stage=stage)), None
 
     return _try_training(config, overrides, steps, procs, work, json_file, cases)
 
@@ -103,21 +106,49 @@ def selftest_chaos(
     kills: Annotated[int, typer.Option(min=1, help="Runs to kill.")] = 10,
     steps: Steps = 20,
     procs: Procs = 2,
+    seeds: Annotated[int, typer.Option(help="Of run.seed, for the spread of the final loss; 0: no spread.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the instants and the splits.")] = 0,
     work: Work = None,
     json_file: JsonFile = None,
 ) -> int:
     """Kill runs at random instants, resume each on the same or a random split, compare; exit code 1 if any differs."""
-    from trichord.selftest.training import chaos_cases
+    from trichord.selftest.epochs import read_epochs
+    from trichord.selftest.kills import chaos_cases
 
-    return _try_training(
-        config, overrides, steps, procs, work, json_file, lambda trial: chaos_cases(trial, kills, seed)
+    if seeds == 1 or seeds < 0:
+        raise ConfigError(f"--seeds: expected 0, or at least 2 for a spread, got {seeds}")
+
+    def cases(trial):
+        epochs = read_epochs(trial.folder / "undisturbed")
+        print(_epochs_line(epochs), flush=True)
+        if seeds:
+            print(_spread_line(trial.train_seeds(seeds)), flush=True)
+        return chaos_cases(trial, kills, seed), epochs
+
+    return _try_training(config, overrides, steps, procs, work, json_file, cases)
+
+
+def _epochs_line(epochs) -> str:
+    complete = ", ".join(
+        f"{name} {in_run} ({epochs.epochs_checked[name]})" for name, in_run in epochs.epochs_in_run.items()
+    )
+    return (
+        f"{epochs.uses_in_run} uses of samples in the run, {epochs.uses_checked} with those planned past its end; "
+        f"whole epochs in the run (and so planned): {complete}: "
+        + ("; ".join(epochs.faults[:MAX_SHOWN]) or "each sample exactly once in these, at most once in the others")
     )
 
 
+def _spread_line(spread) -> str:
+    low, high = spread.bounds
+    finals = ", ".join(f"seed {seed}: {final:.6f}" for seed, final in spread.finals.items())
+    return f"final losses: {finals}; the spread is {low:.6f} to {high:.6f}"
+
+
 def _try_training(config, overrides, steps: int, procs: int, work: Path | None, json_file: Path | None, run) -> int:
+    from trichord.selftest.kills import to_json
     from trichord.selftest.processes import quiet_environment
-    from trichord.selftest.training import Trial, to_json
+    from trichord.selftest.training import Trial
 
     quiet_environment()
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,10 +156,10 @@ def _try_training(config, overrides, steps: int, procs: int, work: Path | None, 
         if work is not None and work.is_dir() and any(work.iterdir()):
             raise ConfigError(f"--work {work} is not empty; name a new folder")
         trial = Trial(str(config), overrides or [], folder, steps=steps, procs=procs, say=typer.echo)
-        cases = run(trial)
-    result = to_json(trial, cases)
+        cases, epochs = run(trial)
+    result = to_json(trial, cases, epochs)
     print_rows([{**case, "faults": "; ".join(case["faults"]) or "pass"} for case in result["cases"]])
     failed = sum(bool(case["faults"]) for case in result["cases"])
     print(f"{len(cases)} killed runs, {failed} differ; allowed on another split {result['tolerance']:.0e}")
     write_json(json_file, result)
-    return EXIT_UNEXPECTED if failed else EXIT_DONE
+    return EXIT_DONE if result["passed"] else EXIT_UNEXPECTED

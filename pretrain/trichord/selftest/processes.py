@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -60,8 +61,22 @@ def train_and_kill(arguments: list[str], procs: int, run_folder: Path, after_ste
     return int(latest.name.removeprefix("step-"))
 
 
-def train_and_kill_after(arguments: list[str], procs: int, seconds: float, whole_job: bool, output: Path) -> bool:
-    """Start a run with the launcher and `kill -9` it after so many seconds: its last rank, or every process at once.
+class Moment(Protocol):
+    """When to kill a run. told: what moment it was, known once it has come."""
+
+    told: str
+
+    def comes(self, launcher: subprocess.Popen) -> bool:
+        """Wait for it; False where the run has ended. Asked again after a `holds` that was False."""
+        ...
+
+    def holds(self) -> bool:
+        """Whether it still is that moment, asked when those to be killed stand still."""
+        ...
+
+
+def train_and_kill_at(arguments: list[str], procs: int, moment: Moment, rank: int | None, output: Path) -> bool:
+    """Start a run with the launcher and `kill -9` it at a moment: one rank, or (None) every process, as a power cut.
 
     Returns:
         Whether it was killed; False where the run had ended by then, or had no ranks yet and a rank was asked for.
@@ -70,34 +85,44 @@ def train_and_kill_after(arguments: list[str], procs: int, seconds: float, whole
         command = [*_launch_command(arguments, procs), "--max-restarts", "0"]
         launcher = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
         try:
-            launcher.wait(timeout=seconds)
+            while moment.comes(launcher):
+                victims = _stop_job(launcher) if rank is None else _stop_rank(launcher, rank)
+                if not victims:
+                    return False
+                if moment.holds():
+                    _send(victims, signal.SIGKILL)
+                    launcher.wait(timeout=WAIT_LIMIT_S)
+                    return True
+                _send(victims, signal.SIGCONT)
             return False
-        except subprocess.TimeoutExpired:
-            killed = _kill_all(launcher) if whole_job else _kill_rank(launcher, procs - 1)
-            launcher.wait(timeout=WAIT_LIMIT_S)
-            return killed
         finally:
             if launcher.poll() is None:
                 launcher.terminate()
                 launcher.wait(timeout=60)
 
 
-def _kill_all(launcher: subprocess.Popen) -> bool:
-    """As a power cut: stopped first, so that none of them sees another die."""
-    job = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-    for send in (signal.SIGSTOP, signal.SIGKILL):
-        for process in job:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(send)
-    return True
+def _stop_job(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """All of its processes, stopped before any is killed, so that none sees another die."""
+    parent, known = psutil.Process(launcher.pid), []
+    while new := [process for process in [parent, *parent.children(recursive=True)] if process not in known]:
+        _send(new, signal.SIGSTOP)
+        known += new
+    return known
 
 
-def _kill_rank(launcher: subprocess.Popen, rank: int) -> bool:
+def _stop_rank(launcher: subprocess.Popen, rank: int) -> list[psutil.Process]:
     try:
-        _find_rank(launcher.pid, rank).send_signal(signal.SIGKILL)
+        process = _find_rank(launcher.pid, rank)
+        process.send_signal(signal.SIGSTOP)
     except (TrichordError, psutil.NoSuchProcess):
-        return False
-    return True
+        return []
+    return [process]
+
+
+def _send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _launch_command(arguments: list[str], procs: int) -> list[str]:

@@ -4,19 +4,16 @@
     killed, same     kill -9, then on with split A          equal bit for bit: losses, weights, optimizer states
     killed, other    kill -9, then on with another split    the same samples; losses to rounding
 
-A split is world size, ZeRO stage and thread count: another one adds up gradients in another order.
+A split is world size, ZeRO stage and data workers (and threads): another one adds up gradients in another order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trichord.checkpoints.load import find_latest, resolve_checkpoint
 from trichord.checkpoints.manifest import MANIFEST_FILE, read_json
@@ -24,26 +21,49 @@ from trichord.checkpoints.slices import SliceReader
 from trichord.config.load import load_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
-from trichord.core.seed import derive_seed
-from trichord.selftest.processes import train_and_kill, train_and_kill_after, train_by_launcher
+from trichord.selftest.processes import Moment, train_and_kill, train_and_kill_at, train_by_launcher
 from trichord.tracking.metrics import merge_steps, read_metrics
 
 COMPARED_STEPS = 20
 TOLERANCE = {"fp32": 1e-5}
 LOW_PRECISION_TOLERANCE = 2e-2
-_MAX_DRAWS = 5
+FINAL_SHARE = 0.1
 _COMPARED = ("train/loss", "train/grad_norm")
 
 
 @dataclass(frozen=True)
 class Split:
-    """procs: ranks; stage: ZeRO's."""
+    """procs: ranks; stage: ZeRO's; workers: processes per rank that decode."""
 
     procs: int
     stage: int
+    workers: int = 0
 
     def __str__(self) -> str:
-        return f"{self.procs} ranks, stage {self.stage}"
+        return f"{self.procs} ranks, stage {self.stage}, {self.workers} workers"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where the loss ends with several seeds. finals: by `run.seed`, the undisturbed run's first.
+
+    rounding: relative, what a run on another split may differ by: a resumed run that follows an undisturbed run which
+    is itself the lowest or the highest would else be outside by its last bits.
+    """
+
+    finals: dict[int, float]
+    rounding: float
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest; where that is the undisturbed run's own, with the rounding around it."""
+        undisturbed, *_ = self.finals.values()
+        own = abs(undisturbed) * self.rounding
+        return min(*self.finals.values(), undisturbed - own), max(*self.finals.values(), undisturbed + own)
+
+    def __contains__(self, final: float) -> bool:
+        low, high = self.bounds
+        return low <= final <= high
 
 
 @dataclass(frozen=True)
@@ -51,16 +71,20 @@ class Case:
     """What became of one killed and resumed run.
 
     how: what was killed, and when. resumed_from: step of the checkpoint, 0 for none. largest_difference: of losses and
-    gradient norms against the undisturbed run, relative, over the first 20 steps after the resume. state_equal: all
-    weights and optimizer states bit for bit, asked for on the same split only. faults: empty where it passed.
+    gradient norms against the undisturbed run, relative, over the first 20 steps after the resume, or (compared) as
+    many as there are. final: the loss at the end. state_equal: all weights and optimizer states bit for bit, asked for
+    on the same split only. in_spread: None where no other seeds were trained. faults: empty where it passed.
     """
 
     how: str
     split: str
     resumed_from: int
+    compared: int
     largest_difference: float
+    final: float
     data_equal: bool
     state_equal: bool | None
+    in_spread: bool | None
     faults: tuple[str, ...]
 
 
@@ -83,13 +107,14 @@ class Trial:
         if procs < 1:
             raise ConfigError(f"--procs: expected at least 1, got {procs}")
         self.config: RunConfig = load_run_config(config, overrides)
-        self.split = Split(procs, self.config.engine.zero_stage)
+        self.split = Split(procs, self.config.engine.zero_stage, self.config.batches.num_workers)
         self.steps = steps
         self.every = max(1, steps // 5)
         self.folder = folder
         self.say = say
         self._words = [config, *overrides]
         folder.mkdir(parents=True, exist_ok=True)
+        self.spread: Spread | None = None
         self.seconds = self._train_undisturbed()
 
     @property
@@ -105,6 +130,7 @@ class Trial:
             "run.resume=auto",
             f"run.max_steps={self.steps}",
             f"engine.zero_stage={split.stage}",
+            f"batches.num_workers={split.workers}",
             f"checkpoints.save_every_steps={self.every}",
             "tracking.log_every_steps=1",
             "tracking.wandb.mode=off",
@@ -125,17 +151,28 @@ class Trial:
         )
         return f"rank {self.split.procs - 1} past step {step}"
 
-    def kill_at_random(self, name: str, rng: random.Random) -> str:
-        """Start run `name` and kill it at any moment of its life, saves included; sooner where it was too late."""
-        seconds, whole_job = rng.uniform(0.0, self.seconds), rng.random() < 0.5
-        for _ in range(_MAX_DRAWS):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            if train_and_kill_after(
-                self.arguments(name, self.split), self.split.procs, seconds, whole_job, self._log(name)
-            ):
-                return f"{'all processes' if whole_job else 'a rank'} after {seconds:.1f} s"
-            seconds, whole_job = rng.uniform(0.0, seconds), whole_job or seconds < 1.0
-        return "nothing: it had ended each time"
+    def kill_at(self, name: str, moment: Moment, rank: int | None) -> bool:
+        """Start run `name` and kill a rank, or all of it, at a moment; whether that moment came."""
+        return train_and_kill_at(self.arguments(name, self.split), self.split.procs, moment, rank, self._log(name))
+
+    def train_seeds(self, count: int) -> Spread:
+        """The undisturbed run again with the next seeds, `count` in all: other weights to start from, another order."""
+        first = self.config.run.seed
+        finals = {first: self.final("undisturbed")}
+        for seed in range(first + 1, first + count):
+            name = f"seed-{seed}"
+            self.say(f"run.seed={seed}: {self.steps} steps on {self.split} ...")
+            words = [*self.arguments(name, self.split), f"run.seed={seed}"]
+            train_by_launcher(words, self.split.procs, self.folder / f"{name}.log")
+            finals[seed] = self.final(name)
+        self.spread = Spread(finals, self.tolerance)
+        return self.spread
+
+    def final(self, name: str) -> float:
+        """Mean loss of the last tenth of the steps."""
+        losses = [row["train/loss"] for _, row in sorted(self._metrics(name).items())]
+        last = losses[-max(1, round(FINAL_SHARE * self.steps)) :]
+        return sum(last) / len(last)
 
     def resume(self, name: str, how: str, split: Split) -> Case:
         """Go on with run `name` on `split` to the end, and compare with the undisturbed run."""
@@ -151,7 +188,12 @@ class Trial:
             faults.append("not equal bit for bit on the same split")
         if not largest <= self.tolerance:
             faults.append(f"losses differ by {largest:.1e}, allowed {self.tolerance:.0e}")
-        return Case(how, str(split), step, largest, data_equal, state_equal, tuple(faults))
+        final = self.final(name)
+        in_spread = None if self.spread is None else final in self.spread
+        if in_spread is False:
+            faults.append(f"ends with a loss of {final:.6f}, outside the spread of the seeds")
+        compared = min(COMPARED_STEPS, self.steps - step)
+        return Case(how, str(split), step, compared, largest, final, data_equal, state_equal, in_spread, tuple(faults))
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.killed.log"
@@ -179,51 +221,3 @@ class Trial:
             for kind in sorted(kinds):
                 digest.update(f"{parameter}:{kind}".encode() + reader.read_full(parameter, kind).numpy().tobytes())
         return digest.hexdigest()
-
-
-def resume_cases(trial: Trial, other: Split) -> list[Case]:
-    """One run killed past a checkpoint, and resumed twice: on its own split, and on another."""
-    how = trial.kill_past_a_checkpoint("killed")
-    shutil.copytree(trial.folder / "killed", trial.folder / "killed-other")
-    cases = []
-    for name, split in (("killed", trial.split), ("killed-other", other)):
-        trial.say(f"killed {how}; going on with {split} ...")
-        cases.append(trial.resume(name, how, split))
-    return cases
-
-
-def chaos_cases(trial: Trial, kills: int, seed: int) -> list[Case]:
-    """Runs killed at random instants; every second one is resumed on a random other split."""
-    rng = random.Random(derive_seed(seed, "chaos"))
-    cases = []
-    for number in range(kills):
-        name = f"killed-{number:03d}"
-        how = trial.kill_at_random(name, rng)
-        split = trial.split if number % 2 == 0 else random_split(trial, rng)
-        cases.append(trial.resume(name, how, split))
-        verdict = "; ".join(cases[-1].faults) or "pass"
-        trial.say(f"{number + 1} of {kills}: killed {how}, resumed from {cases[-1].resumed_from} on {split}: {verdict}")
-        shutil.rmtree(trial.folder / name)
-    return cases
-
-
-def random_split(trial: Trial, rng: random.Random) -> Split:
-    """Another world size or stage; stages that the precision does not allow are left out."""
-    stages = (0, 1, 2, 3) if trial.config.engine.precision in ("fp32", "autocast_bf16") else (1, 2, 3)
-    if trial.config.engine.offload == "all":
-        stages = (3,)
-    elif trial.config.engine.offload == "optimizer":
-        stages = (1, 2, 3)
-    others = [Split(procs, stage) for procs in range(1, trial.split.procs + 2) for stage in stages]
-    return rng.choice([split for split in others if split != trial.split])
-
-
-def to_json(trial: Trial, cases: Sequence[Case]) -> dict[str, Any]:
-    return {
-        "config": trial.config.run.name,
-        "steps": trial.steps,
-        "split": str(trial.split),
-        "tolerance": trial.tolerance,
-        "cases": [asdict(case) for case in cases],
-        "passed": not any(case.faults for case in cases),
-    }
