@@ -22,6 +22,7 @@ from trichord.fusion.flops import row_cost
 from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
 from trichord.fusion.model import Trichord, build_model, param_room
 from trichord.layers.initial import SkipInitialValues
+from trichord.layers.stored import stored_buffers, stored_tensors
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -53,10 +54,12 @@ def restore(path: Path, ema: bool = False) -> Restored:
     model = build_from_config(config, tokenizer, random_weights=False)
     weights = load_weights(folder, ema)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_shapes(folder, {name: tuple(weight.shape) for name, weight in weights.items()}, shapes)
+    buffers = {name: tuple(buffer.shape) for name, buffer in stored_buffers(model).items()}
+    check_shapes(folder, {name: tuple(weight.shape) for name, weight in weights.items()}, shapes, buffers)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in stored_tensors(model).items():
+            if name in weights:
+                tensor.copy_(weights[name])
     return Restored(model.eval(), config, tokenizer, tokenizer_folder, int(facts["step"]), folder)
 
 
@@ -100,7 +103,7 @@ def expected_model(folder: Path) -> ExpectedModel | str:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     return ExpectedModel(shapes, param_room, tuple(tuple(tied) for tied in names.values() if len(tied) > 1))
 
 

@@ -55,8 +55,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class ExpectedModel:
-    """The model of the checkpoint's config. shapes: of every parameter by name; room_of: name -> its room; tied: names
-    that share one parameter, the stored one first."""
+    """The model of the checkpoint's config. shapes: of every parameter and stored buffer by name; room_of: name -> its
+    room; tied: names that share one parameter, the stored one first."""
 
     shapes: Mapping[str, tuple[int, ...]]
     room_of: Callable[[str], str]

@@ -23,6 +23,7 @@ from trichord.checkpoints.slices import SliceReader
 from trichord.checkpoints.state import (
     WEIGHT,
     create_optimizer_state,
+    named_buffers,
     named_parameters,
     pack_optimizer_state,
     parameter_shape,
@@ -152,11 +153,14 @@ def load_into(engine: Any, folder: Path) -> LoadedState:
     reader = SliceReader(folder)
     facts = read_facts(folder)
     shapes = {name: parameter_shape(p) for name, p in named_parameters(engine)}
-    check_shapes(folder, reader.shapes, shapes)
+    buffers = {name: tuple(buffer.shape) for name, buffer in named_buffers(engine).items()}
+    check_shapes(folder, reader.shapes, shapes, buffers)
     if facts.train_state["optimizer_step"] > 0:
         create_optimizer_state(engine, reader.index["slices"], facts.train_state["optimizer_step"])
     averaged = AVERAGE in reader.kinds()
     for piece in slices_to_fill(engine):
+        if piece.name in buffers and piece.name not in reader.shapes:
+            continue
         for kind, live in piece.tensors.items():
             stored = WEIGHT if kind == AVERAGE and not averaged else kind  # an average starts from the weights
             live.copy_(reader.read(piece.name, stored, piece.start, piece.numel))
@@ -193,12 +197,24 @@ def load_weights(folder: Path, ema: bool = False) -> dict[str, Tensor]:
     return {name: reader.read_full(name, WEIGHT if name in frozen else AVERAGE) for name in reader.shapes}
 
 
-def check_shapes(folder: Path, stored: dict[str, tuple[int, ...]], model: dict[str, tuple[int, ...]]) -> None:
-    """Raise unless both have the same parameters.
+def check_shapes(
+    folder: Path,
+    stored: dict[str, tuple[int, ...]],
+    model: dict[str, tuple[int, ...]],
+    buffers: dict[str, tuple[int, ...]],
+) -> None:
+    """Raise unless both have the same parameters, and buffers as far as they are stored: once none was.
 
     Raises:
         CheckpointError: naming up to three of each kind of difference.
     """
+    absent = sorted(buffers.keys() - stored.keys())
+    if absent:
+        log.warning(
+            "%s holds no %s%s: made before running statistics were stored; they start anew",
+            *(folder, absent[0], f" and {len(absent) - 1} more buffers" if len(absent) > 1 else ""),
+        )
+    model = {**model, **{name: shape for name, shape in buffers.items() if name in stored}}
     missing = sorted(set(model) - set(stored))
     extra = sorted(set(stored) - set(model))
     other = [

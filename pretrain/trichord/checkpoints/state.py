@@ -1,7 +1,8 @@
 """Which part of the training state a rank owns, as views on DeepSpeed's live tensors.
 
 For every parameter, the owner of a range of its flattened fp32 master weights also owns the same range of every
-optimizer state and of the average of weights. Where masters lie is known to `engine.masters`.
+optimizer state and of the average of weights. Where masters lie is known to `engine.masters`. Running statistics,
+which every rank holds, are stored like frozen parameters, whole and by rank 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from trichord.engine.ema import AVERAGE
 from trichord.engine.masters import Place, learned_parameters, masters, partition, places, torch_optimizer
 from trichord.engine.optimizers import empty_state, pack_state, state_tensors
+from trichord.layers.stored import stored_buffers
 
 WEIGHT = "param"
 
@@ -100,6 +102,11 @@ def named_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     yield from engine.module.model.named_parameters()
 
 
+def named_buffers(engine: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds besides parameters, equal on all ranks, under the model's own names."""
+    return stored_buffers(engine.module.model)
+
+
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The whole shape, also of a parameter that ZeRO-3 has partitioned."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -119,6 +126,9 @@ def _live_slices(engine: Any, whole: bool) -> Iterator[OwnedSlice]:
             start, tensors = _learned(live[place.master], place, stage, whole)
         numel = tensors[WEIGHT].numel() if tensors else 0
         yield OwnedSlice(name, parameter_shape(parameter), group, start, numel, tensors)
+    if whole or dist.get_rank() == 0:
+        for name, buffer in named_buffers(engine).items():
+            yield OwnedSlice(name, tuple(buffer.shape), None, 0, buffer.numel(), {WEIGHT: buffer.view(-1)})
 
 
 def _tensors(engine: Any, number: int, master: Tensor) -> dict[str, Tensor]:

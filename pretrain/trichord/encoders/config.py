@@ -8,15 +8,19 @@ from trichord.core.leaf import Leaf
 
 
 class VisionConfig(Leaf):
-    """A timm vision transformer, fed with squares of `samples.image.size`."""
+    """A timm vision transformer or convolutional network, fed with squares of `samples.image.size`."""
 
     name: str = "vit_base_patch16_siglip_224"
-    """Any timm model whose `forward_features` returns patch tokens."""
+    """Any timm model that returns patch tokens (vit_..., deit_...) or a feature map (resnet50, convnext_base)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to `timm.create_model` (embed_dim, depth, num_heads, patch_size, ...)."""
     weights: str | None = None
     """Path of a safetensors file or folder to start from; null: random."""
+    batch_stats: Literal["sync", "frozen"] = "sync"
+    """What batch norms (ResNets have them) normalise by in training. `sync`: statistics over the real items of all
+    ranks in this micro-step. `frozen`: the stored ones, as of `weights`. Without such norms: no difference."""
     freeze: bool = False
+    """No parameter of it learns, and its batch norms, if any, keep their statistics."""
 
 
 class MelConfig(Leaf):

@@ -23,6 +23,7 @@ from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, fused_matrices, rate_of
 from trichord.engine.partition import hand_over
 from trichord.engine.wire import wire_meter
+from trichord.layers.batch_norm import has_shared_statistics
 from trichord.layers.initial import OwnSlices
 from trichord_kernels.tables.agree import agree_on_tables
 
@@ -92,7 +93,8 @@ def _import_deepspeed() -> Any:
 class EngineModule(nn.Module):
     """The face of the model towards DeepSpeed: outputs as a plain dict, where its backward hooks find the tensors."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
+        """model: a `Trichord`."""
         super().__init__()
         self.model = model
 
@@ -125,6 +127,7 @@ def build_engine(
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
     _check_ranks(engine, dist.get_world_size())
+    _tell_batch_statistics(model, grad_accum_steps)
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = deepspeed_config(
         engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps, num_parameters=num_parameters
@@ -155,6 +158,16 @@ def _check_ranks(engine: EngineConfig, world_size: int) -> None:
     untested = {"engine.hpz_ranks": engine.hpz_ranks > 1, "engine.nvme_path": engine.nvme_path is not None}
     for key in (key for key, is_set in untested.items() if is_set):
         log.warning("%s is passed on to DeepSpeed as it is; no test of this version covers it on real hardware", key)
+
+
+def _tell_batch_statistics(model: nn.Module, grad_accum_steps: int) -> None:
+    """Statistics are those of a micro-step: the one part of a step that depends on how it is divided."""
+    if grad_accum_steps > 1 and dist.get_rank() == 0 and has_shared_statistics(model):
+        log.warning(
+            "batch norms take their statistics over one of the %d micro-steps of a step, on all ranks: with another "
+            "batches.micro_rows or number of ranks losses differ; with encoders.vision.batch_stats=frozen they do not",
+            grad_accum_steps,
+        )
 
 
 def apply_timeout(timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +86,18 @@ class _Features:
 
 
 class _Anchors:
-    """Collects outputs times zero, so that every module stays in the graph of the loss."""
+    """The modality rule for one call of any module: its output, times zero, stays in the graph of the loss."""
 
     def __init__(self, device: torch.device):
         self.total = torch.zeros((), device=device)
 
-    def add(self, output: Tensor) -> None:
-        self.total = self.total + 0.0 * output.float().sum()
+    def run(self, module: nn.Module, *inputs: Any) -> Any:
+        """Call a module, on this rank's items or on a placeholder, so that it runs backwards on every rank too. Returns
+        its output, a tensor or several."""
+        output = module(*inputs)
+        for tensor in (output,) if isinstance(output, Tensor) else output:
+            self.total = self.total + 0.0 * tensor.float().sum()
+        return output
 
 
 class Trichord(nn.Module):
@@ -138,9 +143,7 @@ class Trichord(nn.Module):
         embeds["text"] = self._embed_text(batch, anchors)
         scale = bias = None
         if self.logit_scale is not None:
-            scale, bias = self.logit_scale()
-            anchors.add(scale)
-            anchors.add(bias)
+            scale, bias = anchors.run(self.logit_scale)
         loss_sum = losses = None
         if self.trunk is not None and not towers_only:
             loss_sum, losses = self._next_token_loss(batch, self._stream(batch, image, audio, anchors))
@@ -163,7 +166,7 @@ class Trichord(nn.Module):
         if self.vision is None:
             return None
         pixels = batch.pixels if batch.num_images else self.vision.placeholder(batch.input_ids.device)
-        tokens = self.vision(pixels)
+        tokens = self.vision(pixels, batch.num_images)
         return _Features(tokens, [self.vision.tokens_per_image] * pixels.shape[0], batch.num_images)
 
     def _run_audio(self, batch: PackedBatch) -> _Features | None:
@@ -183,8 +186,7 @@ class Trichord(nn.Module):
         """Mean token -> head -> (items, E); no rows where there was only a placeholder."""
         if features is None or modality not in self.heads:
             return None
-        embeds = self.heads[modality](masked_mean(features.padded, features.lengths))
-        anchors.add(embeds)
+        embeds = anchors.run(self.heads[modality], masked_mean(features.padded, features.lengths))
         return embeds[: features.num_items]
 
     def _embed_text(self, batch: PackedBatch, anchors: _Anchors) -> Tensor | None:
@@ -193,10 +195,7 @@ class Trichord(nn.Module):
         starts, lengths = batch.text_spans[:, 0], list(batch.text_lengths)
         if not lengths:  # empty rows: one placeholder text of the stream's first token
             starts, lengths = batch.input_ids.new_zeros(1), [1]
-        pooled = self.text(batch.input_ids, starts, lengths)
-        anchors.add(pooled)
-        embeds = self.heads["text"](pooled)
-        anchors.add(embeds)
+        embeds = anchors.run(self.heads["text"], anchors.run(self.text, batch.input_ids, starts, lengths))
         has_text = (batch.text_spans[:, 1] > batch.text_spans[:, 0])[:, None]
         return torch.where(has_text, embeds[: batch.num_segments], 0.0)
 
@@ -212,8 +211,7 @@ class Trichord(nn.Module):
         for modality, features, counts, index in items:
             if features is None:
                 continue
-            connected = self.connectors[modality](flatten_items(features.padded, features.lengths))
-            anchors.add(connected)
+            connected = anchors.run(self.connectors[modality], flatten_items(features.padded, features.lengths))
             rows = rows_in_stream(counts, features.real_lengths, modality)
             embeds = splice(embeds, select_rows(connected, rows), index)
         return run_packed(self.trunk, embeds, batch, self.bidirectional_images)

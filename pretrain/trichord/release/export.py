@@ -29,6 +29,7 @@ from trichord.fusion.hf import TrichordForConditionalGeneration, TrichordModel
 from trichord.fusion.hf_config import TrichordConfig, build_from_config
 from trichord.fusion.model import Trichord
 from trichord.fusion.trunk import CausalLM, trunk_config
+from trichord.layers.stored import stored_buffers, stored_tensors
 from trichord.objectives.config import ObjectivesConfig
 from trichord.release.card import render_card
 from trichord.release.coverage import compare
@@ -64,7 +65,8 @@ def export_checkpoint(
 ) -> Path:
     """Write the folder described above. It appears whole or not at all.
 
-    weights: every parameter by its name in `Trichord`, as `named_parameters` has them (tied ones once).
+    weights: every parameter and stored buffer by its name in `Trichord`, as `stored_tensors` has them.
+    dtype: of the parameters; buffers, such as running statistics, stay fp32.
     facts: lines for the model card, such as run name and step.
 
     Raises:
@@ -78,11 +80,12 @@ def export_checkpoint(
     with torch.device("meta"):
         model = build_from_config(hf_config)
     report = compare(
-        {n: tuple(p.shape) for n, p in model.named_parameters()}, {n: tuple(w.shape) for n, w in weights.items()}
+        {n: tuple(t.shape) for n, t in stored_tensors(model).items()}, {n: tuple(w.shape) for n, w in weights.items()}
     )
     if not report.complete:
         raise CheckpointError(f"the weights are not those of the configured model: {report.summary()}")
-    _assign(model, {name: tensor.detach().to(dtype) for name, tensor in weights.items()})
+    buffers = stored_buffers(model)
+    _assign(model, {n: t.detach().to(torch.float32 if n in buffers else dtype) for n, t in weights.items()})
     partial = out_dir.with_name(f".{out_dir.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
@@ -114,7 +117,7 @@ def _assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         trunk.lm_head.weight = trunk.model.embed_tokens.weight
     left = [name for name in result.missing_keys if name != tied]
     if left:
-        raise CheckpointError(f"checkpoints hold parameters only, but the model has buffers too: {left[:3]}")
+        raise CheckpointError(f"the model has buffers that no checkpoint holds: {left[:3]}")
 
 
 def _write(

@@ -40,8 +40,10 @@ def test_the_planned_grid_agrees_with_full_size_models():
         (VisionConfig(name="vit_tiny_patch16_242"), "is no timm model; nearest: vit_tiny_patch16_224"),
         (leaf(options={"embed_dimm": 3}), "cannot build .* with options .*embed_dimm"),
         (leaf(options={"img_size": 48}), "img_size is 48, but samples.image.size is 32"),
-        (VisionConfig(name="resnet18"), "cannot build 'resnet18'"),
-        (VisionConfig(name="resnet18", options={}), "resnet18"),
+        (VisionConfig(name="resnet18", options={"img_size": 32}), "cannot build 'resnet18'"),
+        (VisionConfig(name="swin_tiny_patch4_window7_224"), "nor a feature map .C, H, W., but .1, 1, 768.; choose"),
+        (VisionConfig(name="xcit_nano_12_p16_224"), "neither a sequence of patch tokens nor a feature map"),
+        (VisionConfig(name="resnet18", options={"norm_layer": "no_norm"}), "cannot build 'resnet18'"),
     ],
 )
 def test_what_cannot_be_built_is_named(config, message):
