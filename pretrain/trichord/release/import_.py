@@ -18,6 +18,7 @@ from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.log import get_logger
 from trichord.encoders.weights import StoredWeights, read_safetensors
 from trichord.fusion.model import ROOMS, Trichord, param_room
+from trichord.layers.stored import stored_tensors
 from trichord.release.coverage import CoverageReport, compare
 
 log = get_logger(__name__)
@@ -36,19 +37,19 @@ def load_initial_weights(model: Trichord, source: str) -> CoverageReport:
     """
     place, rooms = parse_source(source)
     weights = load_init_weights(place)
-    own = dict(model.named_parameters())
+    own = stored_tensors(model)
     if rooms:
-        own = {name: parameter for name, parameter in own.items() if param_room(name) in rooms}
+        own = {name: tensor for name, tensor in own.items() if param_room(name) in rooms}
         weights = weights.renamed(lambda name: name if _room_or_none(name) in rooms else None)
-    report = compare({name: tuple(parameter.shape) for name, parameter in own.items()}, weights.shapes)
+    report = compare({name: tuple(tensor.shape) for name, tensor in own.items()}, weights.shapes)
     if not report.complete:
         raise CheckpointError(
             f"run.init_from {source!r} does not fit the configured model: {report.summary()}. "
             f"Configure the same model, or take only the rooms that are the same, such as {place}#vision,audio"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     others = sorted({param_room(name) for name, _ in model.named_parameters()} - set(rooms)) if rooms else []
     log.info(
         "started from %s: %s%s", source, report.summary(), f"; new weights in {', '.join(others)}" if others else ""
