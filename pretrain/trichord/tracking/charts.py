@@ -28,13 +28,13 @@ _SIZE_IN = (5.2, 2.9)  # shown at 300 to 700 pixels: labels stay readable at bot
 class Line:
     """One curve: label in the legend, steps (ascending) and values; nan leaves a gap.
 
-    target_of: it says what the curve of that number should be: dashed, in its colour, without an entry in the legend.
+    target: it says what another curve should be: dashed and grey, without an entry in the legend.
     """
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
-    target_of: int | None = None
+    target: bool = False
 
 
 def line_chart(
@@ -54,8 +54,8 @@ def line_chart(
     figure, axes = _figure(unit)
     for line, color in zip(lines, _cycle(len(lines))):
         steps, means, lows, highs = thin(line.steps, line.values)
-        if line.target_of is not None:
-            axes.plot(steps, means, color=COLORS[line.target_of % len(COLORS)], linewidth=0.9, linestyle=(0, (4, 3)))
+        if line.target:
+            axes.plot(steps, means, color="#48515b", linewidth=0.9, linestyle=(0, (4, 3)))
             continue
         single = {"marker": "o", "markersize": 3} if len(steps) < 3 else {}
         axes.plot(steps, means, color=color, linewidth=1.4, label=line.label, **single)

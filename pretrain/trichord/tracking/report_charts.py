@@ -122,13 +122,13 @@ def _shared_parts(names: Sequence[str]) -> int:
 
 
 def _targets(run: RunRecord, names: Sequence[str], part: str) -> list[Line]:
-    """What the curves of `names` should be, each drawn in the colour of its curve."""
+    """What the curves of `names` should be."""
     found = []
-    for number, name in enumerate(names):
+    for name in names:
         room, _, rest = name.split("/", 2)
         steps, values = series(run.rows, f"{room}/{part}/{rest}")
         if steps:
-            found.append(Line("", steps, values, target_of=number))
+            found.append(Line("", steps, values, target=True))
     return found
 
 
