@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from trichord.planning.workload import find_workload
 
 PLAN_FORMAT = 1
 SECONDS_PER_DAY = 86_400
+MOST_GPUS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,13 @@ class Question:
     def machine(self) -> Machine:
         if self.gpus < 1:
             raise ConfigError(f"a plan needs at least 1 GPU, got {self.gpus}")
-        if self.price is not None and not self.price > 0:
+        if self.gpus > MOST_GPUS:
+            raise ConfigError(f"a plan is for at most {MOST_GPUS:,} GPUs, got {self.gpus}")
+        if self.price is not None and not 0 < self.price < math.inf:
             raise ConfigError(f"--price: expected the price of a GPU hour, above 0, got {self.price}")
+        for option, value in (("--network", self.node_gb_per_s), ("--host-gib", self.host_gib)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{option}: expected a finite number above 0, got {value}")
         gpu = find_gpu(self.gpu)
         host = None if self.host_gib is None else round(self.host_gib * GIB)
         return Machine(gpu, Fabric.of(gpu, self.gpus_per_node, self.node_gb_per_s), host)

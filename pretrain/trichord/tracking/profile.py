@@ -23,12 +23,13 @@ class StepProfiler:
         self._window = range(config.start_step, config.start_step + config.steps) if config else range(0)
         self._folder, self._rank, self._attempt = Path(folder), rank, attempt
         self._profiler: Any = None
-        self._first = 0
+        self._first = self._now = 0
         self._step = contextlib.ExitStack()
 
     def begin(self, step: int) -> Path | None:
         """A step begins after `step` finished ones. Returns the trace that was written, where the window has ended."""
         self._step.close()
+        self._now = step
         written = None
         if self._profiler is not None and step not in self._window:
             written = self._write()
@@ -39,6 +40,8 @@ class StepProfiler:
     def close(self) -> Path | None:
         """The run ends; a window that is still open ends with it. Returns the trace, if one was written."""
         self._step.close()
+        if self._window and self._now < self._window.start:
+            _logger.warning("no trace: tracking.profile.start_step is %d, and no step began there", self._window.start)
         return self._write() if self._profiler is not None else None
 
     def _enter(self, step: int) -> None:

@@ -127,6 +127,10 @@ def test_without_its_tokenizer_the_vocabulary_is_assumed_and_said(config):
     [
         (Question(0), "at least 1 GPU, got 0"),
         (Question(1, price=-1.0), "--price: expected the price of a GPU hour, above 0"),
+        (Question(1, price=float("inf")), "--price: expected the price of a GPU hour, above 0, got inf"),
+        (Question(1, host_gib=float("inf")), "--host-gib: expected a finite number above 0, got inf"),
+        (Question(1, node_gb_per_s=float("nan")), "--network: expected a finite number above 0, got nan"),
+        (Question(10**12), "at most 1,000,000 GPUs, got 1000000000000"),
         (Question(1, gpu="t4"), "--gpu t4: expected one of a100-40"),
     ],
 )

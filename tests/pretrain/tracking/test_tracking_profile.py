@@ -36,6 +36,13 @@ def test_a_trace_of_just_these_steps(tmp_path):
     assert profiler.close() is None
 
 
+def test_a_window_beyond_the_end_is_told(tmp_path, caplog):
+    profiler = StepProfiler(ProfileConfig(start_step=90, steps=1), tmp_path, rank=0, attempt=1)
+    take_steps(profiler, range(3))
+    assert profiler.close() is None
+    assert "tracking.profile.start_step is 90, and no step began there" in caplog.text
+
+
 def test_the_end_of_the_run_ends_the_window(tmp_path):
     profiler = StepProfiler(ProfileConfig(start_step=1, steps=50), tmp_path, rank=0, attempt=2)
     take_steps(profiler, range(3))
