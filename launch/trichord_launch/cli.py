@@ -36,13 +36,14 @@ def local(
     Exit codes: 0 finished, 2 usage or config, 3 data, 4 checkpoint, 75 stopped with a checkpoint, others unexpected.
     """
     from trichord_launch.local import launch_local, show_local
+    from trichord_launch.supervise import tell
 
     if dry_run:
         typer.echo(show_local(config, overrides or (), procs=procs))
         return
     verdict = launch_local(config, overrides or (), procs=procs, max_restarts=max_restarts)
     if verdict.outcome != "failed":  # of a failure the supervisor has told, with the reason
-        typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
+        tell(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}")
     raise typer.Exit(verdict.exit_code)
 
 
@@ -64,6 +65,7 @@ def hosts(
     twice it kills. Exit codes as of `local`.
     """
     from trichord_launch import hosts as target
+    from trichord_launch.supervise import tell
 
     request = target.Request(config, target.read_hosts(hosts, hostfile), overrides or (), cluster, procs, ssh_config)
     if not start:
@@ -72,7 +74,7 @@ def hosts(
         return
     verdict = target.launch_hosts(request, max_restarts=max_restarts)
     if verdict.outcome != "failed":  # of a failure the supervisor has told, with the reason
-        typer.echo(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}", err=True)
+        tell(f"{verdict.outcome} at step {verdict.step}: {verdict.reason}")
     raise typer.Exit(verdict.exit_code)
 
 

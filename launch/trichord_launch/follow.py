@@ -83,7 +83,8 @@ def render_status(facts: dict[str, Any], now: float | None = None) -> str:
         after = f" after {_age(verdict['seconds'])}" if "seconds" in verdict else ""
         why = f"; {verdict['next']}: {verdict['why']}" if verdict.get("why") else ""
         lines.append(
-            f"attempt {number:<3} {verdict['outcome']} at step {verdict['step']}{after}: {verdict['reason']}{why}"
+            f"attempt {number:<3} {verdict.get('outcome', '?')} at step {verdict.get('step', '?')}{after}: "
+            f"{verdict.get('reason', '?')}{why}"
         )
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from trichord_launch.machine import this_machine
 from trichord_launch.node_problems import Asked, Report, bad_nodes
 from trichord_launch.record import next_attempt, read_json
 from trichord_launch.steps import PORTS, check_words
-from trichord_launch.supervise import supervise
+from trichord_launch.supervise import run_lock, supervise
 from trichord_launch.verdict import Verdict
 
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")
@@ -96,7 +96,8 @@ def launch_hosts(request: Request, *, max_restarts: int = 0, check: NodeCheck | 
         CheckpointError: the config does not fit the run that stands in its folder.
     """
     job, resume = _prepare(request)
-    require_fit_hosts(job, check or _check_of(request))
+    with run_lock(job.run_folder):  # a second launcher is told at once, and finds no half-written token
+        require_fit_hosts(job, check or _check_of(request))
 
     def command_of(attempt: int, restart: bool) -> Command:
         # The first start has made the run; `never` would refuse it on the second.
@@ -104,7 +105,8 @@ def launch_hosts(request: Request, *, max_restarts: int = 0, check: NodeCheck | 
         now = replace(job, attempt=attempt, port=_port_of(job.run_name, attempt), overrides=(*job.overrides, *again))
         return fan_out(now, sys.executable)
 
-    return supervise(job.run_folder, command_of, max_restarts=max_restarts, ask=_ask, kill=_kill)
+    facts = {"hosts": job.hosts, "ranks_per_node": job.procs}
+    return supervise(job.run_folder, command_of, max_restarts=max_restarts, ask=_ask, kill=_kill, facts=facts)
 
 
 def require_fit_hosts(job: HostsJob, check: NodeCheck) -> None:

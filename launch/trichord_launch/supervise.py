@@ -11,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from trichord.core.errors import ConfigError
 from trichord_launch.command import Command
@@ -49,12 +49,14 @@ def supervise(
     leftover_grace_s: float = 5.0,
     ask: Callable[[int], str] = ask_local_ranks,
     kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
+    facts: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = tell,
 ) -> Verdict:
     """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the ranks to save and stop; a second Ctrl-C kills them.
     ask: how the process of a command is asked (its id in, what to tell the user out); kill: how it is ended.
+    facts: what `command.json` says beside the command.
 
     Raises:
         ConfigError: another launcher holds the run, or the folder cannot be written.
@@ -64,7 +66,7 @@ def supervise(
         while True:
             attempt = next_attempt(folder)
             command = command_of(attempt, bool(failures))
-            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, ask, kill, say)
+            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, ask, kill, facts or {}, say)
             if verdict.outcome != "failed":
                 return verdict
             say(f"attempt {attempt} failed at step {verdict.step}: {verdict.reason}")
@@ -142,11 +144,12 @@ def _run_attempt(
     leftover_grace_s: float,
     ask: Callable[[int], str],
     kill: Callable[[subprocess.Popen], None],
+    facts: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Verdict:
     """One start, from its record to its verdict."""
     launch_id = secrets.token_hex(8)
-    record = begin_attempt(folder, attempt, command)
+    record = begin_attempt(folder, attempt, command, facts)
     started = time.monotonic()
     process = subprocess.Popen(
         command.argv,

@@ -362,3 +362,10 @@ def test_following_a_log_yields_what_is_appended(run_folder):
     with open(path, "a") as file:
         file.write("line 100\n")
     assert next(lines) == "line 100\n"
+
+
+def test_a_verdict_of_another_version_is_shown_as_far_as_it_is_known(run_folder):
+    folder = run_folder / "attempts" / "7"
+    folder.mkdir(parents=True)
+    (folder / "verdict.json").write_text('{"outcome": "failed"}')
+    assert "attempt 7   failed at step ?: ?" in render_status(run_status(run_folder))

@@ -20,6 +20,8 @@ from trichord_launch.host_command import HostsJob, host_environment, ssh_command
 from trichord_launch.hosts import Request, _ask_host, launch_hosts, read_hosts, show_hosts
 from trichord_launch.job import NodeCheck
 from trichord_launch.machine import Machine
+from trichord_launch.record import read_json
+from trichord_launch.supervise import run_lock
 
 HERE = Path(__file__).parent
 LIMIT_S = 90.0
@@ -103,6 +105,7 @@ def test_a_run_finishes_and_each_host_has_its_log(world, ssh):
     assert read_status(far.folder).outcome == "finished"
     assert "rank 0 begins" in log(far.folder, HOSTS[0])
     assert "rank 1 begins" in log(far.folder, HOSTS[1])
+    assert read_json(far.folder / "attempts" / "1" / "command.json")["ranks_per_node"] == 1, "`logs` asks for it"
     assert "rank 0 begins" in far.said
     assert "rank 1 begins" not in far.said, "only the first host is shown"
 
@@ -284,6 +287,12 @@ def test_ranks_stop_when_nothing_is_heard_of_the_launcher(monkeypatch):
     began = time.monotonic()
     assert Agent(["-c", "import time; time.sleep(50)"]).wait() == -signal.SIGTERM
     assert time.monotonic() - began < 30
+
+
+def test_a_run_that_is_held_is_refused_before_hosts_are_asked(world):
+    with run_lock(world / "runs" / "far"), pytest.raises(ConfigError, match="in use by another launcher"):
+        launch_hosts(Request("run.yaml", ("no.such.host",)))
+    assert not (world / "runs" / "far" / "hosts_check").exists()
 
 
 def test_options_that_do_not_fit(world):

@@ -266,6 +266,8 @@ def test_of_several_faults_the_config_decides_the_exit_code(ready):
         (["--nodes", "2"], "--nodes and --nodes-list look at nodes of a Slurm cluster"),
         (["--nodes", "2", "--cluster", "example-512gpu", "--procs", "2"], "give one of them"),
         (["--nodes", "65", "--cluster", "example-512gpu"], "--nodes must be 1 to 64"),
+        (["--nodes", "2", "--cluster", "example-512gpu", "--time", "soon"], "--time: expected minutes"),
+        (["--nodes-list", "n1,n 2", "--cluster", "example-512gpu"], "is no name of a node"),
         (["--port", "70000"], "--port must be 1 to 65535"),
     ],
 )

@@ -14,7 +14,7 @@ from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
 from trichord_launch.control import cancel
 from trichord_launch.record import next_attempt
-from trichord_launch.supervise import is_held, run_lock
+from trichord_launch.supervise import is_held, run_lock, tell
 
 HERE = Path(__file__).parent
 LIMIT_S = 30.0
@@ -212,3 +212,16 @@ def test_a_run_is_cancelled_from_another_terminal(launch, plan, now, code):
     assert run.wait() == code, run.said
     with pytest.raises(ConfigError, match="nothing of run"):
         cancel(run.folder)
+
+
+def test_a_closed_terminal_takes_no_job_with_it(monkeypatch):
+    """Of it comes a SIGHUP, and what is said of that cannot be written any more."""
+
+    class Closed:
+        def write(self, _text):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    tell("asked 2 ranks to save and stop")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trichord.config.cluster import ClusterConfig
+from trichord.config.cluster import TIME_FORMS, TIME_PATTERN, ClusterConfig
 from trichord.config.identity import run_path
 from trichord.config.load import load_cluster, load_run_config
 from trichord.config.run import RunConfig
@@ -88,6 +89,11 @@ def _check_nodes(request: Request, cluster: ClusterConfig | None) -> None:
         raise ConfigError("--procs looks at this machine and --nodes at nodes of a cluster; give one of them")
     if request.nodes is not None and request.node_list and request.nodes != len(request.node_list):
         raise ConfigError(f"--nodes {request.nodes} and a list of {len(request.node_list)} nodes; give one of them")
+    for node in request.node_list:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.\[\]-]*", node):
+            raise ConfigError(f"--nodes-list: {node!r} is no name of a node; expected such as n1,n2")
+    if not re.fullmatch(TIME_PATTERN, request.time):
+        raise ConfigError(f"--time: expected {TIME_FORMS}, got {request.time!r}")
     if not 1 <= request.node_count <= cluster.nodes:
         raise ConfigError(f"--nodes must be 1 to {cluster.nodes}, which {cluster.name} has; got {request.node_count}")
 
