@@ -16,6 +16,7 @@ from trichord.core.errors import CheckpointError, ConfigError
 from trichord.fusion.config import FusionConfig
 from trichord.fusion.model import build_model
 from trichord.layers.config import LayersConfig
+from trichord.layers.stored import stored_buffers, stored_tensors
 from trichord.objectives.config import ContrastiveConfig, ObjectivesConfig
 from trichord.release import export
 from trichord.release.export import export_checkpoint
@@ -243,3 +244,33 @@ def test_half_precision_exports_are_half_the_size(model, tokenizer, folder, tmp_
     assert (out / "model.safetensors").stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
     loaded = AutoModelForImageTextToText.from_pretrained(out)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["next_token", "towers"])
+def test_running_statistics_of_a_convolutional_tower_are_part_of_the_model(kind, tokenizer, tmp_path):
+    small = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 8}
+    config = (
+        leaves()
+        if kind == "next_token"
+        else leaves(FusionConfig(kind="none"), ObjectivesConfig(contrastive=ContrastiveConfig()))
+    )
+    vision = tiny.VISION.model_copy(update={"name": "resnet18", "options": small})
+    config.encoders = config.encoders.model_copy(update={"vision": vision})
+    model = build(tokenizer, config)
+    pixels = torch.randint(0, 256, (3, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), dtype=torch.uint8)
+    model.vision.train()(pixels)
+    out = export_checkpoint(stored_tensors(model), config, tokenizer, tmp_path / "m", dtype=torch.bfloat16)
+    statistics = stored_buffers(model)
+    assert statistics
+    stored = load_init_weights(str(out))
+    assert [name for name, tensor in statistics.items() if not torch.equal(stored[name], tensor)] == []
+    other = build(tokenizer, config, seed=1)
+    assert load_initial_weights(other, f"{out}#vision").complete
+    assert all(torch.equal(tensor, statistics[name]) for name, tensor in stored_buffers(other).items())
+    if kind == "next_token":
+        loaded = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+        want = other.vision.eval()(pixels)
+        torch.testing.assert_close(loaded.get_image_features(pixels), want, rtol=1e-5, atol=1e-6)
+    without = {name: tensor for name, tensor in stored_tensors(model).items() if name not in statistics}
+    with pytest.raises(CheckpointError, match=r"24 missing .*running_mean"):
+        export_checkpoint(without, config, tokenizer, tmp_path / "n")
