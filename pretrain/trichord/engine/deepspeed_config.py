@@ -15,6 +15,16 @@ MOST_BUCKET_ELEMENTS = 500_000_000
 LEAST_BUCKET_ELEMENTS = 2**24
 _MESSAGES = 16
 
+# Sections of the JSON that would be another optimizer, schedule or precision than the typed config says, or be ignored.
+_TYPED_SECTIONS = {
+    "optimizer": "engine.optimizer",
+    "scheduler": "engine.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
+
 
 def bucket_elements(num_parameters: int) -> int:
     """Elements per message for a model of `num_parameters` trainable parameters."""
@@ -30,7 +40,8 @@ def deepspeed_config(
     num_parameters: trainable ones, by which messages are sized; None: as for the largest models.
 
     Raises:
-        ConfigError: the user's overlay sets a key that the typed config also sets, to another value.
+        ConfigError: the user's overlay sets a key that the typed config also sets, to another value, or a section that
+            a typed key stands for.
     """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_rows,
@@ -43,6 +54,9 @@ def deepspeed_config(
         "steps_per_print": 2**31 - 1,  # we log ourselves
         **_precision(engine),
     }
+    for section, key in _TYPED_SECTIONS.items():
+        if section in engine.deepspeed and section not in derived:
+            raise ConfigError(f"engine.deepspeed.{section} is not for this run: {key} says what it is; set that key")
     return _overlay(derived, engine.deepspeed, path="engine.deepspeed")
 
 

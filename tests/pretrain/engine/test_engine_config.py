@@ -104,6 +104,18 @@ def test_overlay_conflict_names_key_and_both_values():
         derive(zero_stage=1, deepspeed={"zero_optimization": {"stage": 3}})
 
 
+@pytest.mark.parametrize(
+    ("section", "key"), [("optimizer", "optimizer"), ("scheduler", "schedule"), ("bf16", "precision")]
+)
+def test_overlay_cannot_bring_what_a_typed_key_says(section, key):
+    with pytest.raises(ConfigError, match=rf"engine\.deepspeed\.{section} is not for this run: engine\.{key} says"):
+        derive(precision="fp32", deepspeed={section: {"enabled": True}})
+
+
+def test_overlay_tunes_the_loss_scale_of_the_run_s_own_precision():
+    assert derive(precision="fp16", deepspeed={"fp16": {"hysteresis": 4}})["fp16"]["hysteresis"] == 4
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_stage_0_with_low_precision_is_refused(precision):
     with pytest.raises(ValueError, match="zero_stage 0 with precision"):
