@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trichord.batches.packed_batch import PackedBatch
@@ -132,6 +133,7 @@ def build_engine(
     config = deepspeed_config(
         engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps, num_parameters=num_parameters
     )
+    _check_deepspeed(config)
     if slices is not None:
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
@@ -158,6 +160,26 @@ def _check_ranks(engine: EngineConfig, world_size: int) -> None:
     untested = {"engine.hpz_ranks": engine.hpz_ranks > 1, "engine.nvme_path": engine.nvme_path is not None}
     for key in (key for key, is_set in untested.items() if is_set):
         log.warning("%s is passed on to DeepSpeed as it is; no test of this version covers it on real hardware", key)
+
+
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    """What DeepSpeed would say by a traceback.
+
+    Raises:
+        ConfigError: it knows no such ZeRO key or value, or this device has no fp16.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"engine.deepspeed.zero_optimization.{key}: DeepSpeed says: {first['msg']}") from error
+    accelerator: Any = get_accelerator()
+    if "fp16" in config and not accelerator.is_fp16_supported():
+        raise ConfigError("engine.precision fp16 does not run on this device; use bf16, autocast_bf16 or fp32")
 
 
 def _tell_batch_statistics(model: nn.Module, grad_accum_steps: int) -> None:

@@ -123,6 +123,19 @@ MODEL = [
         "DeepSpeed overlay conflict", "train c.yaml engine.deepspeed.gradient_clipping=7", USAGE, "gradient_clipping"
     ),
     Mistake(
+        "DeepSpeed key that is none",
+        "train c.yaml engine.deepspeed.zero_optimization.bogus=1",
+        USAGE,
+        "engine.deepspeed.zero_optimization.bogus: DeepSpeed says",
+    ),
+    Mistake(
+        "no fp16 on a CPU",
+        "train c.yaml engine.zero_stage=1 engine.precision=fp16",
+        USAGE,
+        "fp16 does not run on this device",
+        environment=(("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")),
+    ),
+    Mistake(
         "GPU that is not there",
         "bench kernels --device cuda",
         USAGE,
