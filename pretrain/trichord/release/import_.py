@@ -108,7 +108,8 @@ def _fetch(place: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"run.init_from: {place!r} is no folder, and the Hugging Face hub gave no such model "
-            f"({type(error).__name__}); check the name, or fetch it where there is internet"
+            f"({type(error).__name__}); check the name, or fetch it where there is "
+            "internet: trichord-launch preflight CONFIG --fetch"
         ) from error
 
 
