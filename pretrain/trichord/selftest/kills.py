@@ -125,7 +125,7 @@ def chaos_cases(trial: Trial, kills: int, seed: int) -> list[Case]:
 
 
 def kill_at_random(trial: Trial, name: str, kind: str, rng: random.Random) -> str:
-    """Start run `name` and kill a rank or all of it, sooner where the moment did not come; says what and when."""
+    """Start run `name` and kill a rank or all of it, sooner where that was too late; says what and when."""
     share = 1.0
     for draw in range(_MAX_DRAWS):
         shutil.rmtree(trial.folder / name, ignore_errors=True)
@@ -133,7 +133,8 @@ def kill_at_random(trial: Trial, name: str, kind: str, rng: random.Random) -> st
         whole_job = rng.random() < 0.5 or (kind == "any" and draw > 0)  # there may have been no rank yet
         rank = None if whole_job else rng.randrange(trial.split.procs)
         moment = _moment(trial, trial.folder / name, kind, share, rng)
-        if trial.kill_at(name, moment, rank):
+        killed = trial.kill_at(name, moment, rank)
+        if killed and trial.newest_step(name) < trial.steps:  # else nothing is left to be done after it
             return f"{'all processes' if rank is None else f'rank {rank}'} {moment.told}"
     return "nothing: it had ended each time"
 

@@ -155,6 +155,11 @@ class Trial:
         """Start run `name` and kill a rank, or all of it, at a moment; whether that moment came."""
         return train_and_kill_at(self.arguments(name, self.split), self.split.procs, moment, rank, self._log(name))
 
+    def newest_step(self, name: str) -> int:
+        """Of the newest whole checkpoint of run `name`; 0 where it has none."""
+        latest = find_latest(self.folder / name / "checkpoints")
+        return 0 if latest is None else int(latest.name.removeprefix("step-"))
+
     def train_seeds(self, count: int) -> Spread:
         """The undisturbed run again with the next seeds, `count` in all: other weights to start from, another order."""
         first = self.config.run.seed
@@ -176,8 +181,7 @@ class Trial:
 
     def resume(self, name: str, how: str, split: Split) -> Case:
         """Go on with run `name` on `split` to the end, and compare with the undisturbed run."""
-        latest = find_latest(self.folder / name / "checkpoints")
-        step = 0 if latest is None else int(latest.name.removeprefix("step-"))
+        step = self.newest_step(name)
         train_by_launcher(self.arguments(name, split), split.procs, self.folder / f"{name}.resumed.log")
         same = split == self.split
         largest = self._largest_difference(name, step)

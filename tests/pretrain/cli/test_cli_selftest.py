@@ -1,6 +1,7 @@
 """`trichord selftest`: real runs killed with -9, resumed, and compared; and the comparison can fail."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from trichord.cli import main
 from trichord.selftest import epochs
 from trichord.selftest.epochs import read_epochs
-from trichord.selftest.kills import InSave, chaos_cases, random_split, resume_cases, to_json
+from trichord.selftest.kills import InSave, chaos_cases, kill_at_random, random_split, resume_cases, to_json
 from trichord.selftest.training import Split, Spread, Trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -78,6 +79,25 @@ def test_other_splits_differ_and_are_allowed(trial):
     assert trial.split not in rng.options
     assert {split.stage for split in rng.options} == {0, 1, 2, 3}
     assert {split.procs for split in rng.options} == {1, 2, 3}
+
+
+def test_a_run_that_was_done_when_it_was_killed_is_killed_again_sooner(tmp_path):
+    class Started:
+        """A trial whose first run has its last checkpoint when it is killed."""
+
+        folder, split, steps, every, seconds, kills = tmp_path, Split(2, 0), 10, 2, 100.0, 0
+
+        def kill_at(self, name, moment, rank):
+            self.kills += 1
+            return True
+
+        def newest_step(self, name):
+            return 10 if self.kills == 1 else 8
+
+    trial = Started()
+    how = kill_at_random(trial, "killed", "step", random.Random(0))  # pyright: ignore[reportArgumentType]
+    assert " past step " in how
+    assert trial.kills == 2
 
 
 def test_spread_is_from_the_lowest_to_the_highest_seed_and_no_wider():
