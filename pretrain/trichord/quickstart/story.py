@@ -122,7 +122,7 @@ class Quickstart:
     def _prove(self, total: int, every: int) -> dict[str, Any]:
         same = self.runs / "quickstart-same-split"
         undisturbed = self.runs / "quickstart-undisturbed"
-        shutil.copytree(self.run, same)
+        shutil.copytree(self.run, same, symlinks=True)  # a killed W&B leaves links to nothing
         killed_at = int(resolve_checkpoint(self.run).name.removeprefix("step-"))
         for folder in (same, undisturbed):
             arguments = self._arguments(folder.name, total, every)

@@ -96,7 +96,7 @@ def _wait_until(condition, launcher: subprocess.Popen, delay_s: float) -> bool:
 def resume_cases(trial: Trial, other: Split) -> list[Case]:
     """One run killed past a checkpoint, and resumed twice: on its own split, and on another."""
     how = trial.kill_past_a_checkpoint("killed")
-    shutil.copytree(trial.folder / "killed", trial.folder / "killed-other")
+    shutil.copytree(trial.folder / "killed", trial.folder / "killed-other", symlinks=True)
     cases = []
     for name, split in (("killed", trial.split), ("killed-other", other)):
         trial.say(f"killed {how}; going on with {split} ...")
