@@ -107,32 +107,30 @@ def _gathers(
     contrastive accumulation disturb the order that DeepSpeed has recorded; then nothing stays. No gradient goes back
     to what is frozen in a tower, whose input is data, so the backward pass does not gather it.
     A block that is recomputed is gathered for that too, but for its last product, which nobody needs again."""
-    low = zero.weight_bytes
     split = [p for p in parameters if p.numel >= zero.persistence]
-    uses = sum(p.numel * p.owners for p in split)
+    size = zero.travelling_bytes
     disturbed = features is not None and accumulation > 1
-    whole = sum(p.numel for p in split)
+    whole, whole_bytes = sum(p.numel for p in split), sum(size(p) for p in split)
     back = [p for p in split if p.trainable or p.room not in _READ_DATA]
     near = min(whole, zero.reuse // 2, zero.live)
     if near == whole:  # nothing is let go of inside a pass: each weight comes once, tied or not
-        forward, backward = whole, sum(p.numel for p in back) if disturbed else 0
+        forward, backward = whole_bytes, sum(size(p) for p in back) if disturbed else 0
     else:
-        forward = uses
-        again = zero.recomputed * sum(p.numel for p in back if p.recomputed)
-        backward = max(0, sum(p.numel * p.owners for p in back) + round(again) - (0 if disturbed else near))
+        forward = sum(size(p) * p.owners for p in split)
+        again = zero.recomputed * sum(size(p) for p in back if p.recomputed)
+        stays = 0 if disturbed else near * whole_bytes // whole
+        backward = max(0, sum(size(p) * p.owners for p in back) + round(again) - stays)
     pieces = max(1, math.ceil(whole / max(1, zero.prefetch)), len(split) // 4)
     found = [
-        Collective("weights, forward", "all_gather", low * forward * accumulation, pieces * accumulation, "forward"),
-        Collective("weights, backward", "all_gather", low * backward * accumulation, pieces * accumulation, "backward"),
+        Collective("weights, forward", "all_gather", forward * accumulation, pieces * accumulation, "forward"),
+        Collective("weights, backward", "all_gather", backward * accumulation, pieces * accumulation, "backward"),
     ]
     if disturbed:
-        towers = sum(p.numel * p.owners for p in split if p.room in TOWERS)
-        found.append(
-            Collective("weights, features", "all_gather", low * towers * accumulation, accumulation, "forward")
-        )
+        towers = sum(size(p) * p.owners for p in split if p.room in TOWERS)
+        found.append(Collective("weights, features", "all_gather", towers * accumulation, accumulation, "forward"))
     if kept := zero.persistent(parameters):
         small = sum(p.numel < zero.persistence for p in parameters)
-        found.append(Collective("small weights", "all_gather", low * kept, small))
+        found.append(Collective("small weights", "all_gather", zero.weight_bytes * kept, small))
     return [c for c in found if c.bytes]
 
 

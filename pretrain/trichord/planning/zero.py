@@ -157,9 +157,12 @@ class Zero:
 
     def gradient_bytes(self, parameters: Iterable[Parameter]) -> int:
         """Bytes of the gradients of all trainable ones, as they travel."""
-        sizes = (p.numel * (2 if self.autocast and self.stage and p.in_linear else self.weight_bytes)
-                 for p in parameters if p.trainable)  # fmt: skip
-        return sum(sizes)
+        return sum(self.travelling_bytes(p) for p in parameters if p.trainable)
+
+    def travelling_bytes(self, parameter: Parameter) -> int:
+        """Bytes of one parameter, or of its gradient, in a collective: what linear layers own travels in bfloat16 under
+        autocast, from stage 1 on."""
+        return parameter.numel * (2 if self.autocast and self.stage and parameter.in_linear else self.weight_bytes)
 
     @property
     def bucket_bytes(self) -> int:
