@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,35 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["TRICHORD_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def moto():
+    """(host, port) of a real S3 server on this machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.fixture
+def s3_client(moto, monkeypatch, tmp_path):
+    """A client of that server, which is empty. Code under test finds it by the variables that boto reads; a test that
+    puts something in between sets AWS_ENDPOINT_URL anew."""
+    import boto3
+
+    url = f"http://{moto[0]}:{moto[1]}"
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
+    return boto3.client("s3", endpoint_url=url)

@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trichord.config.run import RunConfig
 from trichord_launch.machine import Machine
 
 TRAIN_ENTRY = ("-m", "trichord.cli", "train")
+# Ranks that share torchrun's own store could not connect to each other after a restart (torch 2.14).
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+_STOP_MARGIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,27 @@ def _argv(job: LocalJob, python: str, entry: Sequence[str]) -> list[str]:
     return [*argv, *entry, job.config, *job.overrides]
 
 
+def stop_timeout_s(config: RunConfig) -> float:
+    """How long ranks may take to save after a signal, before whatever started them ends them."""
+    return config.checkpoints.commit_timeout_s + _STOP_MARGIN_S
+
+
+def rank_environment(extensions: str, stop_timeout_s: float) -> dict[str, str]:
+    """Variables that ranks need wherever they are started. extensions: a folder of this job's own."""
+    return {
+        # DeepSpeed's compiled operators: a folder for each, so that jobs never wait for each other's locks.
+        "TORCH_EXTENSIONS_DIR": extensions,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(stop_timeout_s)),
+    }
+
+
 def _environment(job: LocalJob, machine: Machine, environ: Mapping[str, str], python: str) -> dict[str, str]:
     """Variables the job needs. What the user has set stays, except for the ones that name this attempt."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, machine.cores // job.procs)),
-        # DeepSpeed's compiled operators: a folder per run, so that jobs never wait for each other's locks.
-        "TORCH_EXTENSIONS_DIR": str((job.run_folder / "torch_extensions").absolute()),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(job.stop_timeout_s)),
+        **rank_environment(str((job.run_folder / "torch_extensions").absolute()), job.stop_timeout_s),
         "GLOO_SOCKET_IFNAME": "lo",  # all ranks are here; the network of a laptop comes and goes
-        # Ranks that share torchrun's own store could not connect to each other after a restart (torch 2.14).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **OWN_STORE,
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded while ranks wait; `preflight --fetch` does it before
         "PYTHONUNBUFFERED": "1",
     }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trichord_launch.command import TRAIN_ENTRY, Command
+from trichord_launch.command import OWN_STORE, TRAIN_ENTRY, Command, rank_environment
 
 AGENT = ("-m", "trichord_launch.host_agent")
 RUNNER = ("-m", "trichord_launch.torchrun")
@@ -89,11 +88,8 @@ def host_environment(job: HostsJob) -> dict[str, str]:
     """Variables of the ranks, and of what looks at a host."""
     variables = {
         "TRICHORD_ATTEMPT": str(job.attempt),
-        # DeepSpeed's compiled operators: a folder per run, so that jobs never wait for each other's locks.
-        "TORCH_EXTENSIONS_DIR": str(job.run_folder / "torch_extensions"),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(job.stop_timeout_s)),
-        # Ranks that share torchrun's own store could not connect to each other after a restart (torch 2.14).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **rank_environment(str(job.run_folder / "torch_extensions"), job.stop_timeout_s),
+        **OWN_STORE,
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded while ranks wait; `preflight --fetch` does it before
         "PYTHONUNBUFFERED": "1",
         "TRICHORD_RANKS_PER_NODE": str(job.procs),

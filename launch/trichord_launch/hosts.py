@@ -18,7 +18,7 @@ from trichord.config.cluster import ClusterConfig
 from trichord.config.identity import inspect_run_folder, run_path
 from trichord.config.load import load_cluster, load_run_config
 from trichord.core.errors import ConfigError
-from trichord_launch.command import TRAIN_ENTRY, Command
+from trichord_launch.command import TRAIN_ENTRY, Command, stop_timeout_s
 from trichord_launch.host_command import RUNNER, HostsJob, address, as_shell, fan_out, ssh_command
 from trichord_launch.job import NodeCheck
 from trichord_launch.machine import this_machine
@@ -29,7 +29,6 @@ from trichord_launch.supervise import run_lock, supervise
 from trichord_launch.verdict import Verdict
 
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")
-_STOP_MARGIN_S = 60.0
 _LIMIT_MARGIN_S = 10.0  # the host ends its check by itself; this is for one that does not answer at all
 _AT_ONCE = 32  # hosts that are looked at side by side
 
@@ -81,7 +80,7 @@ def read_hosts(named: str | None, file: Path | None) -> tuple[str, ...]:
 
 def show_hosts(request: Request) -> str:
     """The commands that `launch_hosts` would start, as shell text; checks the same, writes and connects nothing."""
-    job, _ = _prepare(request)
+    job, _ = _prepare(request, _cluster_of(request))
     return as_shell(replace(job, attempt=next_attempt(job.run_folder)))
 
 
@@ -95,9 +94,11 @@ def launch_hosts(request: Request, *, max_restarts: int = 0, check: NodeCheck | 
             holds the run.
         CheckpointError: the config does not fit the run that stands in its folder.
     """
-    job, resume = _prepare(request)
+    cluster = _cluster_of(request)
+    job, resume = _prepare(request, cluster)
+    limits = cluster.node_check.model_dump() if cluster is not None else {}
     with run_lock(job.run_folder):  # a second launcher is told at once, and finds no half-written token
-        require_fit_hosts(job, check or _check_of(request))
+        require_fit_hosts(job, check or NodeCheck(**limits, commit=True))
 
     def command_of(attempt: int, restart: bool) -> Command:
         # The first start has made the run; `never` would refuse it on the second.
@@ -177,11 +178,14 @@ def _ask_host(command: list[str], folder: Path, timeout_s: float) -> tuple[str, 
     return f"its check ended with {done.returncode} ({said or 'it said nothing'})", None
 
 
-def _prepare(request: Request) -> tuple[HostsJob, str]:
+def _cluster_of(request: Request) -> ClusterConfig | None:
+    return load_cluster(request.cluster) if request.cluster is not None else None
+
+
+def _prepare(request: Request, cluster: ClusterConfig | None) -> tuple[HostsJob, str]:
     """(the job, with attempt 1, and the config's `run.resume`). What can be wrong here is said here."""
     config = load_run_config(request.config, request.overrides)
     inspect_run_folder(config)
-    cluster = load_cluster(request.cluster) if request.cluster is not None else None
     if request.procs is not None and request.procs < 1:
         raise ConfigError(f"--procs must be at least 1, got {request.procs}")
     if request.ssh_config is not None and not request.ssh_config.is_file():
@@ -209,7 +213,7 @@ def _prepare(request: Request) -> tuple[HostsJob, str]:
         python=(cluster.python if cluster is not None else None) or sys.executable,
         ssh=ssh,
         gpus=on_gpus,
-        stop_timeout_s=config.checkpoints.commit_timeout_s + _STOP_MARGIN_S,
+        stop_timeout_s=stop_timeout_s(config),
         runner=request.runner,
         entry=request.entry,
         **_cluster_facts(cluster),
@@ -226,16 +230,6 @@ def _cluster_facts(cluster: ClusterConfig | None) -> dict:
         "env": cluster.env,
         "network_interface": cluster.network_interface,
     }
-
-
-def _check_of(request: Request) -> NodeCheck:
-    if request.cluster is None:
-        return NodeCheck(commit=True)
-    asked = load_cluster(request.cluster).node_check
-    return NodeCheck(
-        *(asked.min_disk_free_gib, asked.min_shm_free_gib, asked.max_clock_skew_s, asked.commands, asked.timeout_s),
-        commit=True,
-    )
 
 
 def _port_of(run_name: str, attempt: int) -> int:

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from trichord.config.identity import inspect_run_folder, run_path
 from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
-from trichord_launch.command import TRAIN_ENTRY, Command, LocalJob, render
+from trichord_launch.command import TRAIN_ENTRY, Command, LocalJob, render, stop_timeout_s
 from trichord_launch.machine import require_fit, this_machine
 from trichord_launch.record import next_attempt
 from trichord_launch.supervise import supervise
 from trichord_launch.verdict import Verdict
-
-_STOP_MARGIN_S = 60.0
 
 
 def launch_local(
@@ -65,7 +63,7 @@ def _prepare(config: str, overrides: Sequence[str], procs: int | None, entry: Se
             overrides=(*overrides, *again),
             procs=ranks,
             attempt=attempt,
-            stop_timeout_s=resolved.checkpoints.commit_timeout_s + _STOP_MARGIN_S,
+            stop_timeout_s=stop_timeout_s(resolved),
             interactive=sys.stderr.isatty(),
         )
         return render(job, machine, os.environ, entry=entry)

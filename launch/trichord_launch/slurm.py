@@ -20,14 +20,12 @@ from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
 from trichord_launch import scheduler
 from trichord_launch.batch import LINKS_FILE
-from trichord_launch.command import TRAIN_ENTRY
+from trichord_launch.command import TRAIN_ENTRY, stop_timeout_s
 from trichord_launch.control import require_free
 from trichord_launch.grid import Cell, expand_grid
 from trichord_launch.job import NODE_RUNNER, RANK_RUNNER, Budget, NodeCheck, SlurmJob
 from trichord_launch.script import Script, render_script
 from trichord_launch.snapshot import write_snapshot
-
-_STOP_MARGIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ def slurm_job(request: Request, cluster: ClusterConfig, config: RunConfig, place
         srun=tuple(options),
         prefix=slurm.task_prefix,
         requeue=slurm.requeue,
-        stop_timeout_s=config.checkpoints.commit_timeout_s + _STOP_MARGIN_S,
+        stop_timeout_s=stop_timeout_s(config),
         budget=request.budget,
         check=NodeCheck(**cluster.node_check.model_dump()),
         network_gb_per_s=cluster.node_network_gb_per_s,

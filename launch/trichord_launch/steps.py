@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trichord_launch.command import Command
+from trichord_launch.command import OWN_STORE, Command, rank_environment
 from trichord_launch.job import NodeCheck, SlurmJob
 
 # Slurm signals every process of a step, and the ranks alone shall answer: torchrun would die of USR1 and kills ranks
@@ -91,11 +90,8 @@ def _torchrun(job: SlurmJob, start: Start, record: Path) -> list[str]:
 def _environment(job: SlurmJob, start: Start) -> Mapping[str, str]:
     variables = {
         "TRICHORD_ATTEMPT": str(start.attempt),
-        # DeepSpeed's compiled operators: a folder per job, so that jobs never wait for each other's locks.
-        "TORCH_EXTENSIONS_DIR": f"{job.run_folder}/torch_extensions/{start.job_id}",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(job.stop_timeout_s)),
-        # Ranks that share torchrun's own store could not connect to each other after a restart (torch 2.14).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **rank_environment(f"{job.run_folder}/torch_extensions/{start.job_id}", job.stop_timeout_s),
+        **OWN_STORE,
         "TRICHORD_RANKS_PER_NODE": str(job.ranks_per_node),
     }
     if job.launcher == "srun":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ def take_initial_weights(model: Trichord, config: RunConfig) -> None:
 
 
 def build_loader(
-    config: RunConfig, lengths: ItemLengths, folder: RunFolder, facts: RankFacts, state: LoaderState | None
+    config: RunConfig, lengths: ItemLengths, run: Path, facts: RankFacts, state: LoaderState | None
 ) -> Loader:
+    """run: the run folder, which has the record of followed sources. state: to go on from; None: from the start."""
     return Loader(
         config.shards,
         config.samples,
@@ -39,7 +41,7 @@ def build_loader(
         rank=facts.rank,
         world_size=facts.world_size,
         state=state,
-        follow_folder=folder.path / FOLLOW_FOLDER,
+        follow_folder=run / FOLLOW_FOLDER,
     )
 
 

@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trichord.assembly import build_stepper, slot_layout, take_initial_weights
+from trichord.assembly import build_loader, build_stepper, slot_layout, take_initial_weights
 from trichord.batches.lane_reader import LaneReader
 from trichord.batches.loader import Loader, LoaderState, StepBatch
 from trichord.batches.packed_batch import PackedBatch
 from trichord.checkpoints.load import load_into
 from trichord.config.run import RunConfig
+from trichord.core.dist import rank_facts
 from trichord.core.seed import derive_seed
 from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import build_engine, set_rates, start_process_group
+from trichord.fusion.model import Trichord
 from trichord.objectives.combine import total_loss
 from trichord.provenance import Past, open_past, run_tokenizer
 from trichord.restore import build_from_config, training_lengths
-from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.tracking.metrics import merge_steps, read_metrics
 
 _RECORDED = ("train/loss", "train/grad_norm")
@@ -83,8 +84,9 @@ def rebuild_batch(run: Path, step: int) -> RebuiltBatch:
         CheckpointError, ConfigError: as `samples_of_step`. DataError: a shard cannot be read.
     """
     past = open_past(run, step)
-    with_model = build_from_config(past.config, run_tokenizer(run, past.config), random_weights=False)
-    loader = _open_loader(run, past.config, with_model, _state_before(past, step))
+    with torch.device("meta"):  # only lengths are asked of it
+        model = build_from_config(past.config, run_tokenizer(run, past.config), random_weights=False)
+    loader = _open_loader(run, past.config, model, _state_before(past, step))
     batch = next(iter(loader))
     loader.close()
     return RebuiltBatch(
@@ -134,14 +136,10 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
     )
 
 
-def _open_loader(run: Path, config: RunConfig, model: Any, state: LoaderState) -> Loader:
-    return Loader(
-        *(config.shards, config.samples, config.batches.model_copy(update={"num_workers": 0})),
-        seed=config.run.seed,
-        lengths=training_lengths(config, model),
-        state=state,
-        follow_folder=run / FOLLOW_FOLDER,
-    )
+def _open_loader(run: Path, config: RunConfig, model: Trichord, state: LoaderState) -> Loader:
+    """All lanes, read in this process."""
+    here = config.model_copy(update={"batches": config.batches.model_copy(update={"num_workers": 0})})
+    return build_loader(here, training_lengths(config, model), run, rank_facts(), state)
 
 
 def _state_before(past: Past, step: int) -> LoaderState:

@@ -89,7 +89,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
 
     # Samples, batches: how rows are dealt depends on what the model makes of them.
     lengths = training_lengths(config, model)
-    loader = build_loader(config, lengths, folder, facts, resumed.loader if resumed else None)
+    loader = build_loader(config, lengths, folder.path, facts, resumed.loader if resumed else None)
 
     # Objectives, engine, checkpoints.
     layout = slot_layout(config, facts.world_size)

@@ -2,14 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_run import make_data, write_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 from hosts_world import HOSTS, missing, start_sshd
-
 from trichord.tracking.metrics import read_metrics
 
 pytestmark = [

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trichord.assembly import build_stepper, slot_layout
-from trichord.batches.loader import Loader, StepBatch
+from trichord.assembly import build_loader, build_recorder, build_stepper, slot_layout
+from trichord.batches.loader import StepBatch
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.benchmarks.step import StepRequest
@@ -24,7 +24,6 @@ from trichord.engine.param_groups import build_param_groups
 from trichord.engine.watch import StopFlag
 from trichord.journal import Progress, Recording
 from trichord.restore import build_from_config, training_lengths
-from trichord.tracking.recorder import Recorder
 from trichord.train import local_counts
 
 Step = Callable[[int], object]
@@ -86,19 +85,16 @@ TRUNK = {
 
 def collect_batches(config: RunConfig) -> list[StepBatch]:
     """This rank's batches of the first steps."""
-    facts = rank_facts()
-    model = build_model_of(config)
-    loader = Loader(
-        *(config.shards, config.samples, config.batches),
-        seed=config.run.seed,
-        lengths=training_lengths(config, model),
-        rank=facts.rank,
-        world_size=facts.world_size,
-    )
+    facts, model = rank_facts(), build_model_of(config)
+    loader = build_loader(config, training_lengths(config, model), _run_folder(config), facts, None)
     try:
         return list(islice(loader, _KEPT_STEPS))
     finally:
         loader.close()
+
+
+def _run_folder(config: RunConfig) -> Path:
+    return Path(config.run.root) / config.run.name
 
 
 def build_model_of(config: RunConfig) -> Any:
@@ -113,18 +109,8 @@ def training_step(config: RunConfig, batches: list[StepBatch]) -> Callable[[int]
     model = build_model_of(config)
     engine = build_engine(model, config.engine, micro_rows=micro_rows, grad_accum_steps=layout.num_micro_batches)
     stepper = build_stepper(config, engine, device, layout)
-    folder = RunFolder("fresh", Path(config.run.root) / config.run.name, 1)
-    recorder = Recorder(
-        folder.path,
-        config.tracking,
-        active=dist.get_rank() == 0,
-        attempt=1,
-        resume_step=None,
-        total_steps=config.run.max_steps or 0,
-        run_name=config.run.name,
-        run_facts={},
-        wandb_run_id=None,
-    )
+    folder = RunFolder("fresh", _run_folder(config), 1)
+    recorder = build_recorder(config, folder, None, dist.get_rank() == 0)
     recording = Recording(config, recorder, stepper, folder, 0, model)
     progress, stop = Progress(), StopFlag()
 

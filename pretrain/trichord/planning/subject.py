@@ -13,7 +13,6 @@ from trichord.batches.config import BatchesConfig
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.core.errors import ConfigError
-from trichord.encoders.config import EncodersConfig
 from trichord.engine.config import EngineConfig
 from trichord.fusion.config import FusionConfig
 from trichord.fusion.counts import Counts, executed_counts, useful_counts
@@ -26,10 +25,8 @@ from trichord.planning.comms import TOWERS
 from trichord.planning.recomputation import MODES
 from trichord.planning.trace import Rule, ShapeModel, Trace
 from trichord.planning.typical import RowMaker
-from trichord.planning.workload import SourceLoad, Workload
+from trichord.planning.workload import DataOfRun, SourceLoad, Workload
 from trichord.planning.zero import Parameter, parameters_of
-from trichord.samples.config import SamplesConfig
-from trichord.shards.config import ShardsConfig
 from trichord_kernels.dispatch import HAS_TRITON
 
 # Qwen3's; among the vocabularies in common use a large one, so that a plan without a tokenizer errs on the safe side.
@@ -38,21 +35,15 @@ _ASSUMED_IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "image_id": 3, "audio_id"
 _TRACED_ROWS = 2  # rows of a micro-batch are independent of each other: what two of them keep is twice what one keeps
 
 
-class RunToPlan(Protocol):
+class RunToPlan(DataOfRun, Protocol):
     """What a plan reads of a `RunConfig`: the run's identity and the leaves of the rooms."""
 
     @property
     def run(self) -> Any: ...
     @property
-    def shards(self) -> ShardsConfig: ...
-    @property
-    def samples(self) -> SamplesConfig: ...
-    @property
     def batches(self) -> BatchesConfig: ...
     @property
     def layers(self) -> LayersConfig: ...
-    @property
-    def encoders(self) -> EncodersConfig: ...
     @property
     def fusion(self) -> FusionConfig: ...
     @property

@@ -7,12 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 
-import boto3
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from trichord.checkpoints import mirror as mirror_module
 from trichord.checkpoints import mirror_store
@@ -40,32 +37,11 @@ def patient(monkeypatch):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
-
-
 @pytest.fixture
-def s3(moto, monkeypatch, tmp_path):
-    """A client of the server, which is empty; the server is found by the variables that boto reads."""
-    url = f"http://{moto[0]}:{moto[1]}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(f"{url}/moto-api/reset", data=b"").close()
-    client = boto3.client("s3", endpoint_url=url)
-    client.create_bucket(Bucket="copies")
-    return client
+def s3(s3_client):
+    """A client of the server, with one bucket."""
+    s3_client.create_bucket(Bucket="copies")
+    return s3_client
 
 
 @pytest.fixture(params=["s3", "folder"])

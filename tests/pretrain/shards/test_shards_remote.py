@@ -6,14 +6,11 @@
 import os
 import signal
 import time
-import urllib.request
 from pathlib import Path
 
-import boto3
 import fsspec
 import pytest
 from fault_server import FINAL_FAULTS, PASSING_FAULTS, FaultServer
-from moto.server import ThreadedMotoServer
 
 from trichord.core.errors import DataError
 from trichord.shards import blocks, patience, storage
@@ -56,30 +53,12 @@ def web(tmp_path):
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
-
-
 @pytest.fixture
-def s3(moto, monkeypatch, tmp_path):
-    """A bucket behind a server that plants faults; found by the variables that boto reads."""
+def s3(moto, s3_client, monkeypatch):
+    """A bucket behind a server that plants faults."""
     server = FaultServer(upstream=moto)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(f"http://{moto[0]}:{moto[1]}/moto-api/reset", data=b"").close()
-    server.client = boto3.client("s3", endpoint_url=f"http://{moto[0]}:{moto[1]}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    server.client = s3_client
     server.client.create_bucket(Bucket="shards")
     yield server
     server.stop()
