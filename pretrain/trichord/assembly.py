@@ -14,6 +14,7 @@ from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
 from trichord.core.dist import RankFacts
 from trichord.engine.features import SlotLayout
+from trichord.engine.sequence import data_place
 from trichord.engine.step import Stepper
 from trichord.fusion.model import Trichord
 from trichord.shards.follow import FOLLOW_FOLDER
@@ -32,16 +33,19 @@ def build_loader(
     config: RunConfig, lengths: ItemLengths, run: Path, facts: RankFacts, state: LoaderState | None
 ) -> Loader:
     """run: the run folder, which has the record of followed sources. state: to go on from; None: from the start."""
+    place = data_place(config.engine, facts)
     return Loader(
         config.shards,
         config.samples,
         config.batches,
         seed=config.run.seed,
         lengths=lengths,
-        rank=facts.rank,
-        world_size=facts.world_size,
+        rank=place.rank,
+        world_size=place.world_size,
         state=state,
         follow_folder=run / FOLLOW_FOLDER,
+        sequence_place=place.place,
+        sequence_size=place.size,
     )
 
 
@@ -59,7 +63,8 @@ def build_stepper(config: RunConfig, engine: Any, device: torch.device, layout: 
 def slot_layout(config: RunConfig, world_size: int) -> SlotLayout:
     """Micro-steps per step, and sample slots per micro-step."""
     rows, micro_rows = config.batches.rows_per_step, config.batches.micro_rows
-    return SlotLayout(micro_rows * config.batches.max_samples_per_row, math.ceil(rows / (world_size * micro_rows)))
+    groups = world_size // config.engine.sequence_parallel
+    return SlotLayout(micro_rows * config.batches.max_samples_per_row, math.ceil(rows / (groups * micro_rows)))
 
 
 def build_recorder(config: RunConfig, folder: RunFolder, resumed: LoadedState | None, active: bool) -> Recorder:

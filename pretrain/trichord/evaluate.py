@@ -124,7 +124,7 @@ class OnTheWay:
         with self.recording.aside("preview"), set_aside(self.engine):
             for batch in micro_batches:
                 room = MAX_SAMPLES - len(views) if dist.get_rank() == 0 else 0
-                batch = batch.to("cpu")
+                batch = batch.unshared().to("cpu")
                 segments, chosen = pick_segments(batch, room), None
                 if self.engine.module.model.trunk is not None:
                     at = label_positions(batch, segments).to(self.device)

@@ -21,6 +21,7 @@ from trichord.encoders.lengths import audio_tokens, image_grid
 from trichord.engine.build import build_engine, set_rates, start_process_group
 from trichord.engine.config import EngineConfig
 from trichord.engine.features import SlotLayout
+from trichord.engine.sequence import data_place
 from trichord.engine.step import Stepper
 from trichord.fusion.config import FusionConfig
 from trichord.fusion.model import Trichord, build_model
@@ -71,10 +72,13 @@ OBJECTIVES = ObjectivesConfig.model_validate({"next_token": {}, "contrastive": {
 SAMPLES = SamplesConfig.model_validate({"image": {"size": IMAGE_SIZE}})
 
 
-def build_tiny(objectives: ObjectivesConfig = OBJECTIVES) -> Trichord:
+def build_tiny(objectives: ObjectivesConfig = OBJECTIVES, bidirectional_images: bool = False, **trunk) -> Trichord:
+    """trunk: keys of the trunk's config that are to be others than in `FUSION`."""
     torch.manual_seed(0)
+    changed = {"trunk": FUSION.trunk.model_copy(update=trunk), "bidirectional_images": bidirectional_images}
+    fusion = FUSION.model_copy(update=changed)
     encoders = ENCODERS if objectives.contrastive else ENCODERS.model_copy(update={"text": None})
-    return build_model(encoders, FUSION, objectives, SAMPLES, LayersConfig(), VOCAB, SPECIAL)
+    return build_model(encoders, fusion, objectives, SAMPLES, LayersConfig(), VOCAB, SPECIAL)
 
 
 def make_row(row: int, step: int) -> RowArrays:
@@ -120,7 +124,8 @@ def make_stepper(
     rows: int = ROWS,
 ):
     facts, device = start_process_group(engine_config.timeout_s)
-    count = math.ceil(rows / (facts.world_size * micro_rows))
+    place = data_place(engine_config, facts)
+    count = math.ceil(rows / (place.world_size * micro_rows))
     engine = build_engine(model or build_tiny(objectives), engine_config, micro_rows=micro_rows, grad_accum_steps=count)
     layout = SlotLayout(micro_rows * MAX_SAMPLES, count)
     stepper = Stepper(engine, objectives, device=device, layout=layout, max_grad_norm=engine_config.max_grad_norm)
@@ -134,7 +139,9 @@ def train_steps(
     history = []
     for step in steps:
         set_rates(engine, engine_config, 0, 1)
-        batches = micro_batches(step, facts.rank, facts.world_size, micro_rows, rows)
+        place = data_place(engine_config, facts)
+        whole = micro_batches(step, place.rank, place.world_size, micro_rows, rows)
+        batches = [batch.shared(place.place, place.size) for batch in whole]
         result = stepper.run(batches, {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0})
         names = sorted(result.losses)
         losses = torch.stack([result.losses[name] for name in names])
@@ -143,12 +150,14 @@ def train_steps(
     return history
 
 
-def train_cases(cases: list[tuple[dict, int]], steps: int, rows: int = ROWS):
-    """Entry point of a rank: one history per (engine options, micro_rows), in one process as starting costs most."""
+def train_cases(cases: list[tuple[dict, int]], steps: int, rows: int = ROWS, **model):
+    """Entry point of a rank: one history per (engine options, micro_rows), in one process as starting costs most.
+
+    model: for `build_tiny`."""
     histories = []
     for engine_options, micro_rows in cases:
         config = EngineConfig(**engine_options)
-        facts, engine, stepper = make_stepper(config, micro_rows, rows=rows)
+        facts, engine, stepper = make_stepper(config, micro_rows, model=build_tiny(**model), rows=rows)
         histories.append(train_steps(facts, engine, stepper, config, micro_rows, range(steps), rows))
         engine.destroy()
     return histories

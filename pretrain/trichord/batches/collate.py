@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,9 @@ def collate(rows: Sequence[RowArrays]) -> PackedBatch:
     parts["audio_index"] = _positions(parts["audio_spans"])
     real = parts["segment_ids"] != SLACK_SEGMENT
     causal_pairs, visible_pairs = _count_pairs(real, parts["cu_seqlens"], parts["span_ends"])
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()}
     return PackedBatch(
-        **{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in parts.items()},
+        **tensors,
         audio_offsets=tuple(_starts([int(n) for row in rows for n in row.audio_lengths])),
         mel_offsets=tuple(_starts([int(n) for row in rows for n in row.mel_lengths])),
         image_counts=_lengths(parts["image_spans"]),

@@ -43,7 +43,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StepStats:
-    """Counts of one step on this rank.
+    """Counts of one step on this rank; of samples, only on the first of several that share rows.
 
     samples: used; samples_per_source, samples_per_shard: the same by name of the source and by URL of the shard.
     bad_samples: left out at this step, by their index, text or content; records: one per bad sample. filtered: samples
@@ -95,6 +95,8 @@ class Loader:
         state: LoaderState | None = None,
         augment: bool = True,
         follow_folder: Path | None = None,
+        sequence_place: int = 0,
+        sequence_size: int = 1,
     ) -> None:
         """Open the sources (missing sidecars are built) and take this rank's rows.
 
@@ -103,6 +105,8 @@ class Loader:
             state: merged state of an earlier job, of any world size; None: from the start.
             augment: training changes to images and audio as configured; False for evaluation.
             follow_folder: where the shards of each epoch of followed sources are recorded, the same for all ranks.
+            sequence_place, sequence_size: processes that share rows (sequence parallelism) have the same `rank` here,
+                and each its place among them; the first one counts samples and keeps the state for all of them.
 
         Raises:
             ConfigError: the rank or the tokenizer does not fit. DataError: a source cannot be read.
@@ -120,6 +124,8 @@ class Loader:
         self._batches = batches
         self._seed = seed
         self._rank = rank
+        self._place, self._sequence_size = sequence_place, sequence_size
+        self._is_keeper = sequence_place == 0
         self.micro_steps = self._layout.micro_steps
         cursors = {lane: LaneCursor(self._order.first_state(lane)) for lane in range(batches.num_lanes)}
         self._start = LoaderState(0, cursors, data_identity(shards, self._planner, seed))
@@ -143,7 +149,7 @@ class Loader:
         self.close()
         self._cursors = {lane: state.lanes[lane] for lane in self._layout.planned_lanes}
         # What is left out so far goes on with one rank, since merging adds up what the ranks have.
-        left_out = state.left_out if self._rank == 0 else Tally()
+        left_out = state.left_out if self._rank == 0 and self._is_keeper else Tally()
         self._state = LoaderState(state.step, self._kept(state.lanes), state.data, left_out)
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +200,7 @@ class Loader:
 
     def _kept(self, cursors: dict[int, LaneCursor]) -> dict[int, LaneCursor]:
         """Of the lanes whose state this rank keeps."""
-        return {lane: cursors[lane] for lane in self._layout.own_lanes}
+        return {lane: cursors[lane] for lane in self._layout.own_lanes} if self._is_keeper else {}
 
     def _assemble(self, planned: PlannedStep, decoded: Sequence[DecodedRow], wait_seconds: float) -> StepBatch:
         rows = [row.arrays for row in decoded]
@@ -202,8 +208,9 @@ class Loader:
         missing = self.micro_steps * size - len(rows)
         if missing:
             rows += [self._decoder.build([], [])] * missing
-        micro_batches = tuple(collate(rows[at : at + size]) for at in range(0, len(rows), size))
-        left_out = [*planned.left_out, *(bad for row in decoded for bad in row.bad)]
+        batches = (collate(rows[at : at + size]) for at in range(0, len(rows), size))
+        micro_batches = tuple(batch.shared(self._place, self._sequence_size) for batch in batches)
+        left_out = [*planned.left_out, *(bad for row in decoded for bad in row.bad)] if self._is_keeper else []
         step = self._state.step + 1
         tally = self._state.left_out.add(item.ref for item in left_out)
         state = LoaderState(step, self._kept(planned.cursors), self._state.data, tally)
@@ -218,17 +225,18 @@ class Loader:
         records: tuple[QuarantineRecord, ...],
     ) -> StepStats:
         used: Counter[int] = Counter()
-        for batch in micro_batches:
+        for batch in micro_batches if self._is_keeper else ():
             used.update(batch.sample_ids.numpy()[~batch.bad_segments.numpy(), 0].tolist())
         names = [table.name for table in self._planner.tables]
+        parts = [batch.own for batch in micro_batches]
         return StepStats(
             samples=sum(used.values()),
             bad_samples=len(records),
-            useful_tokens=sum(batch.useful_tokens for batch in micro_batches),
-            row_tokens=sum(len(batch.input_ids) for batch in micro_batches),
+            useful_tokens=sum(own.useful_tokens for own in parts),
+            row_tokens=sum(own.count(own.tokens) for own in parts),
             samples_per_source={name: used[source] for source, name in enumerate(names)},
-            samples_per_shard=dict(planned.per_shard),
-            filtered=dict(planned.filtered),
+            samples_per_shard=dict(planned.per_shard) if self._is_keeper else {},
+            filtered=dict(planned.filtered) if self._is_keeper else {},
             wait_seconds=wait_seconds,
             cost=planned.cost,
             cost_undealt=planned.cost_undealt,

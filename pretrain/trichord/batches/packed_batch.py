@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from trichord.batches.sequence_part import Items, SequencePart, part_of, whole
+
 IGNORE_INDEX = -100
 SLACK_SEGMENT = -1
 
@@ -56,6 +58,7 @@ class PackedBatch:
         num_segments, num_images, num_audios, num_labels, max_seqlen, useful_tokens (non-slack).
         causal_pairs, visible_pairs: pairs of query and key in one segment with key <= query, and with key < span_ends.
         image_counts, audio_counts: tokens per image and per clip in the stream, as tuples of ints.
+        part: what of the batch this rank computes, where several share it; None: all of it.
     """
 
     input_ids: Tensor
@@ -94,6 +97,45 @@ class PackedBatch:
     useful_tokens: int
     causal_pairs: int
     visible_pairs: int
+    part: SequencePart | None = None
+
+    @property
+    def own(self) -> SequencePart:
+        """What of the batch this rank computes."""
+        if self.part is not None:
+            return self.part
+        counts = self.num_segments, self.image_counts, self.audio_counts
+        return whole(self.input_ids.shape[0], self.num_labels, self.useful_tokens, *counts)
+
+    def shared(self, place: int, size: int) -> PackedBatch:
+        """The same batch, on the CPU, as rank `place` of `size` that share it computes it. Raises ValueError: its
+        tokens do not divide."""
+        if size == 1:
+            return self
+        part = part_of(
+            place,
+            size,
+            segment_ids=self.segment_ids.numpy(),
+            label_index=self.label_index.numpy(),
+            num_segments=self.num_segments,
+            images=Items(self.image_counts, self.image_index.numpy(), self.image_segments.numpy()),
+            audios=Items(self.audio_counts, self.audio_index.numpy(), self.audio_segments.numpy()),
+        )
+        return replace(self, part=part)
+
+    def unshared(self) -> PackedBatch:
+        """The same batch for one rank to compute alone."""
+        return replace(self, part=None)
+
+    def clips(self, chosen: slice) -> tuple[Tensor, list[int], Tensor, list[int]]:
+        """Waveforms, audio_offsets, log_mels and mel_offsets of some clips, one after the other; offsets from 0."""
+        waveforms, audio_offsets = self.waveforms, self.audio_offsets[chosen.start : chosen.stop + 1]
+        mel_offsets = self.mel_offsets[chosen.start : chosen.stop + 1]
+        if not self.log_mels.shape[0]:
+            waveforms = waveforms[audio_offsets[0] : audio_offsets[-1]]
+        log_mels = self.log_mels[mel_offsets[0] : mel_offsets[-1]]
+        rebased = [[offset - offsets[0] for offset in offsets] for offsets in (audio_offsets, mel_offsets)]
+        return waveforms, rebased[0], log_mels, rebased[1]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device` (asynchronously where the source is pinned)."""

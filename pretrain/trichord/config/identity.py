@@ -57,6 +57,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.ema_decay",  # the training does not see it
     "engine.activation_checkpointing",
     "engine.checkpoint_every_blocks",
+    "engine.sequence_parallel",
     "engine.compile",
     "engine.zero_init",
     "engine.nvme_path",

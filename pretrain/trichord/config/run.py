@@ -57,6 +57,7 @@ class RunConfig(Leaf):
         if self.objectives.contrastive:
             self._check_pairs(self.objectives.contrastive.pairs)
         self._check_learning_rooms()
+        self._check_sequence_parallel()
         if self.evaluation is not None and self.evaluation.ema and self.engine.ema_decay is None:
             raise ValueError(
                 "evaluation.ema evaluates the average of the weights: set engine.ema_decay, or ema to false"
@@ -71,6 +72,18 @@ class RunConfig(Leaf):
             if room in self.engine.rooms and (leaf is None or getattr(leaf, "freeze", False)):
                 why = "has none" if leaf is None else "has it frozen"
                 raise ValueError(f"engine.rooms.{room}: the model {why}, so take the key out")
+
+    def _check_sequence_parallel(self) -> None:
+        size, tokens = self.engine.sequence_parallel, self.batches.micro_rows * self.batches.row_tokens
+        if size > 1 and self.fusion.trunk is None:
+            raise ValueError(
+                f"engine.sequence_parallel {size} shares out the trunk's tokens, and this model has no trunk: set 1"
+            )
+        if tokens % size:
+            raise ValueError(
+                f"engine.sequence_parallel {size} does not divide the {tokens} tokens of a micro-step "
+                "(batches.micro_rows * batches.row_tokens); round batches.row_tokens"
+            )
 
     def _check_pairs(self, pairs) -> None:
         towers = {"image": self.encoders.vision, "audio": self.encoders.audio, "text": self.encoders.text}

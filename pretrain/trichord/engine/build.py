@@ -23,6 +23,7 @@ from trichord.engine.muon import Muon
 from trichord.engine.optimizers import build_optimizer
 from trichord.engine.param_groups import build_param_groups, fused_matrices, rate_of
 from trichord.engine.partition import hand_over
+from trichord.engine.sequence import share_sequences
 from trichord.engine.wire import wire_meter
 from trichord.layers.batch_norm import has_shared_statistics
 from trichord.layers.initial import OwnSlices
@@ -136,6 +137,7 @@ def build_engine(
     _check_deepspeed(config)
     if slices is not None:
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
+    share_sequences(model, engine)
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
     built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)

@@ -99,6 +99,9 @@ class EngineConfig(Leaf):
     hpz_ranks: int = Field(default=1, ge=1)
     """Stage 3: keep a second copy of the weights in slices over so many ranks, those of a node, and gather from it in
     the backward pass (hpZ of ZeRO++). Untested on more than one node."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Neighbouring ranks that share each row of tokens (DeepSpeed-Ulysses), for rows that are too long for one: each
+    has a stretch of the stream, and for attention a share of the trunk's heads."""
     deepspeed: dict[str, Any] = {}
     """Overlay on the DeepSpeed JSON that is derived from this leaf; a conflict is an error."""
 
@@ -140,6 +143,11 @@ class EngineConfig(Leaf):
         if self.hpz_ranks > 1 and self.zero_stage != 3:
             raise ValueError(
                 f"hpz_ranks is a second copy of ZeRO-3's slices and needs zero_stage 3, got {self.zero_stage}"
+            )
+        if self.sequence_parallel > 1 and self.compile:
+            raise ValueError(
+                "compile with sequence_parallel is refused: the exchange in each attention would break every compiled "
+                "block apart; use one of them"
             )
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs zero_stage 1, 2 or 3, got 0")

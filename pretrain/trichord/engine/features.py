@@ -51,8 +51,10 @@ class FeatureGradients:
 
 def _segments_of(batch: PackedBatch) -> dict[str, Tensor]:
     """Modality -> for each feature row of the model's output, the segment it belongs to."""
-    text = torch.arange(batch.num_segments, device=batch.input_ids.device)
-    return {"image": batch.image_segments, "audio": batch.audio_segments, "text": text}
+    own = batch.own
+    text = torch.arange(batch.num_segments, device=batch.input_ids.device)[own.own(own.segments)]
+    image = batch.image_segments[own.own(own.images.contrasted)]
+    return {"image": image, "audio": batch.audio_segments[own.own(own.audios.contrasted)], "text": text}
 
 
 def features_of_step(
@@ -78,14 +80,15 @@ def features_of_step(
             if modality not in features:
                 features[modality] = torch.zeros(layout.slots, embeds.shape[1], device=device)
             features[modality][first + segments] = embeds.detach().float()
-            present[modality][first + segments] = _presence(modality, batch)
+            present[modality][first + segments] = _presence(modality, batch, segments)
     return FeatureTable(features, present, group_ids)
 
 
-def _presence(modality: str, batch: PackedBatch) -> Tensor:
+def _presence(modality: str, batch: PackedBatch, segments: Tensor) -> Tensor:
+    """Whether each feature row, of these segments, counts."""
     if modality == "text":
-        return (batch.text_spans[:, 1] > batch.text_spans[:, 0]) & ~batch.bad_segments
-    segments = batch.image_segments if modality == "image" else batch.audio_segments
+        has_text = (batch.text_spans[:, 1] > batch.text_spans[:, 0]) & ~batch.bad_segments
+        return has_text[segments]
     # A document with several images is no pair with any one of them, and its slot can hold one feature only.
     counts = torch.zeros(batch.num_segments, dtype=torch.int64, device=segments.device)
     counts.index_add_(0, segments, torch.ones_like(segments))

@@ -14,9 +14,9 @@ KINDS = ("text", "image", "audio", "image_audio")
 def label_sums(batch: PackedBatch, losses: Tensor, num_sources: int) -> Tensor:
     """(num_sources, len(KINDS), 2) float64 of one micro-batch: sum of the losses, and number of labels.
 
-    losses (K,): of the labels, in the order of `batch.label_index`.
+    losses (K,): of this rank's labels, in the order of `batch.label_index`.
     """
-    segments = batch.segment_ids[batch.label_index].long()
+    segments = batch.segment_ids[batch.label_index[batch.own.own(batch.own.labels)]].long()
     place = batch.sample_ids[:, 0] * len(KINDS)
     for items, segments_of_items, bit in (
         (batch.num_images, batch.image_segments, 1),

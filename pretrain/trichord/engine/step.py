@@ -28,8 +28,9 @@ COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "
 
 def _content(batch: PackedBatch) -> dict[str, int]:
     """What a watcher tells of a micro-batch; host numbers."""
-    tokens, images, clips = batch.input_ids.shape[0], batch.num_images, batch.num_audios
-    return {"tokens": tokens, "useful": batch.useful_tokens, "images": images, "clips": clips}
+    own = batch.own
+    images, clips = own.count(own.images.items), own.count(own.audios.items)
+    return {"tokens": own.count(own.tokens), "useful": own.useful_tokens, "images": images, "clips": clips}
 
 
 @dataclass
@@ -93,10 +94,11 @@ class Stepper:
 
     def _global_counts(self, batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> Tensor:
         """(len(COUNT_NAMES),) fp32 on the device, summed over ranks. Exact up to 2^24 of each per step."""
+        parts = [batch.own for batch in batches]
         own = {
-            "labels": sum(batch.num_labels for batch in batches),
-            "useful_tokens": sum(batch.useful_tokens for batch in batches),
-            "slots": sum(batch.input_ids.shape[0] for batch in batches),
+            "labels": sum(own.count(own.labels) for own in parts),
+            "useful_tokens": sum(own.useful_tokens for own in parts),
+            "slots": sum(own.count(own.tokens) for own in parts),
             **local_counts,
         }
         counts = torch.tensor([float(own[name]) for name in COUNT_NAMES], dtype=torch.float64).to(self.device)

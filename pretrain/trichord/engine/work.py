@@ -47,8 +47,9 @@ class WorkMeter:
         if self._broken:
             return
         own = Counts(contrasts=self._contrasts)
-        self._useful = sum((useful_counts(batch, self._model) for batch in batches), self._useful + own)
-        self._executed = sum((executed_counts(batch, self._model) for batch in batches), self._executed + own)
+        self._useful = sum((_part(batch, useful_counts(batch, self._model)) for batch in batches), self._useful + own)
+        executed = (_part(batch, executed_counts(batch, self._model)) for batch in batches)
+        self._executed = sum(executed, self._executed + own)
 
     def read(self) -> tuple[float, float]:
         """(needed, executed) FLOPs of this rank since the last reading; zeros for a model that cannot be counted."""
@@ -71,6 +72,11 @@ class WorkMeter:
         if self._table is None or learning != self._learning:
             self._table, self._learning = flop_table(self._model), learning
         return self._table
+
+
+def _part(batch: PackedBatch, counts: Counts) -> Counts:
+    """This rank's part of what a batch asks for; that of all ranks that share it is the whole."""
+    return counts * (1 / batch.own.size) if batch.part is not None else counts
 
 
 def blocks_again(engine: EngineConfig) -> float:

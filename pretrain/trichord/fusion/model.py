@@ -5,12 +5,14 @@ output of every head, connector and scale reaches `ModelOutput.placeholder`, tim
 collectives in the forward and in the backward pass, and every trainable parameter has a gradient, zero where its
 modality is absent.
 
-Shapes: T packed tokens, S segments, I images, A clips, P patches, D hidden, E embed_dim.
+Ranks of a sequence-parallel group hold the same batch and compute a part each (`PackedBatch.own`).
+
+Shapes: T packed tokens, S segments, I images, A clips, P patches, D hidden, E embed_dim; each of this rank's part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trichord.batches.packed_batch import PackedBatch
+from trichord.batches.sequence_part import Bounds, ItemParts
 from trichord.core.errors import ConfigError
 from trichord.encoders.audio import AudioTower
 from trichord.encoders.config import EncodersConfig
@@ -33,6 +36,7 @@ from trichord.layers.blocks import block_lists
 from trichord.layers.config import LayersConfig
 from trichord.layers.recompute import Recompute, recompute_blocks
 from trichord.layers.selection import select_kernels
+from trichord.layers.sequence import SequenceGroup
 from trichord.objectives.config import ObjectivesConfig
 from trichord.samples.config import SamplesConfig
 
@@ -91,9 +95,9 @@ class _Anchors:
     def __init__(self, device: torch.device):
         self.total = torch.zeros((), device=device)
 
-    def run(self, module: nn.Module, *inputs: Any) -> Any:
-        """Call a module, on this rank's items or on a placeholder, so that it runs backwards on every rank too. Returns
-        its output, a tensor or several."""
+    def run(self, module: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a module or a collective, on this rank's items or on a placeholder, so that it runs backwards on every
+        rank too. Returns its output, a tensor or several."""
         output = module(*inputs)
         for tensor in (output,) if isinstance(output, Tensor) else output:
             self.total = self.total + 0.0 * tensor.float().sum()
@@ -117,6 +121,8 @@ class Trichord(nn.Module):
         self.vision, self.audio, self.text, self.trunk = vision, audio, text, trunk
         self.bidirectional_images = fusion.bidirectional_images
         self.special = dict(special)
+        self.sequence: SequenceGroup | None = None
+        """The ranks that share batches with this one, where the run has such groups."""
         widths = {name: tower.hidden_size for name, tower in (("image", vision), ("audio", audio)) if tower is not None}
         self.connectors = nn.ModuleDict()
         if trunk is not None:
@@ -139,7 +145,10 @@ class Trichord(nn.Module):
         anchors = _Anchors(batch.input_ids.device)
         image = self._run_vision(batch)
         audio = self._run_audio(batch)
-        embeds = {"image": self._embed(image, "image", anchors), "audio": self._embed(audio, "audio", anchors)}
+        embeds = {
+            "image": self._embed(batch, image, "image", batch.own.images, anchors),
+            "audio": self._embed(batch, audio, "audio", batch.own.audios, anchors),
+        }
         embeds["text"] = self._embed_text(batch, anchors)
         scale = bias = None
         if self.logit_scale is not None:
@@ -165,62 +174,82 @@ class Trichord(nn.Module):
     def _run_vision(self, batch: PackedBatch) -> _Features | None:
         if self.vision is None:
             return None
-        pixels = batch.pixels if batch.num_images else self.vision.placeholder(batch.input_ids.device)
-        tokens = self.vision(pixels, batch.num_images)
-        return _Features(tokens, [self.vision.tokens_per_image] * pixels.shape[0], batch.num_images)
+        own = batch.own.own(batch.own.images.items)
+        num_images = own.stop - own.start
+        pixels = batch.pixels[own] if num_images else self.vision.placeholder(batch.input_ids.device)
+        tokens = self.vision(pixels, num_images)
+        return _Features(tokens, [self.vision.tokens_per_image] * pixels.shape[0], num_images)
 
     def _run_audio(self, batch: PackedBatch) -> _Features | None:
         if self.audio is None:
             return None
-        if batch.log_mels.shape[0]:  # computed by the workers, for every clip
-            tokens = self.audio(batch.waveforms, batch.audio_offsets, batch.log_mels, batch.mel_offsets)
-            return _Features(tokens, self.audio.count_mel_tokens(batch.mel_offsets), batch.num_audios)
-        if batch.num_audios:
-            waveforms, offsets = batch.waveforms, list(batch.audio_offsets)
-        else:
+        own = batch.own.own(batch.own.audios.items)
+        num_audios = own.stop - own.start
+        waveforms, offsets, log_mels, mel_offsets = batch.clips(own)
+        if log_mels.shape[0]:  # computed by the workers, for every clip
+            tokens = self.audio(waveforms, offsets, log_mels, mel_offsets)
+            return _Features(tokens, self.audio.count_mel_tokens(mel_offsets), num_audios)
+        if not num_audios:
             waveforms, offsets = self.audio.placeholder(batch.input_ids.device)
         tokens = self.audio(waveforms, offsets)
-        return _Features(tokens, self.audio.count_tokens(offsets), batch.num_audios)
+        return _Features(tokens, self.audio.count_tokens(offsets), num_audios)
 
-    def _embed(self, features: _Features | None, modality: str, anchors: _Anchors) -> Tensor | None:
-        """Mean token -> head -> (items, E); no rows where there was only a placeholder."""
+    def _embed(
+        self, batch: PackedBatch, features: _Features | None, modality: str, parts: ItemParts, anchors: _Anchors
+    ) -> Tensor | None:
+        """Mean token -> head -> (items, E) of this rank's segments; no rows where there was only a placeholder."""
         if features is None or modality not in self.heads:
             return None
         embeds = anchors.run(self.heads[modality], masked_mean(features.padded, features.lengths))
-        return embeds[: features.num_items]
+        return self._exchange(batch, embeds[: features.num_items], parts.items, parts.contrasted, anchors)
+
+    def _exchange(self, batch: PackedBatch, rows: Tensor, have: Bounds, need: Bounds, anchors: _Anchors) -> Tensor:
+        """Rows made by the ranks that have the items, to those that need them."""
+        if batch.own.size == 1:
+            return rows
+        assert self.sequence is not None
+        return anchors.run(self.sequence.exchange, rows, have, need)
 
     def _embed_text(self, batch: PackedBatch, anchors: _Anchors) -> Tensor | None:
         if self.text is None:
             return None
-        starts, lengths = batch.text_spans[:, 0], list(batch.text_lengths)
+        own = batch.own.own(batch.own.segments)
+        starts, lengths = batch.text_spans[own, 0], list(batch.text_lengths[own])
+        num_texts = len(lengths)
         if not lengths:  # empty rows: one placeholder text of the stream's first token
             starts, lengths = batch.input_ids.new_zeros(1), [1]
         embeds = anchors.run(self.heads["text"], anchors.run(self.text, batch.input_ids, starts, lengths))
-        has_text = (batch.text_spans[:, 1] > batch.text_spans[:, 0])[:, None]
-        return torch.where(has_text, embeds[: batch.num_segments], 0.0)
+        has_text = (batch.text_spans[own, 1] > batch.text_spans[own, 0])[:, None]
+        return torch.where(has_text, embeds[:num_texts], 0.0)
 
     def _stream(
         self, batch: PackedBatch, image: _Features | None, audio: _Features | None, anchors: _Anchors
     ) -> Tensor:
         """Token embeddings with feature tokens spliced in, through the trunk -> (T, D)."""
-        embeds = self.trunk.model.embed_tokens(batch.input_ids)
+        own = batch.own
+        stretch = own.own(own.tokens)
+        embeds = self.trunk.model.embed_tokens(batch.input_ids[stretch])
         items = (
-            ("image", image, batch.image_counts, batch.image_index),
-            ("audio", audio, batch.audio_counts, batch.audio_index),
+            ("image", image, own.images, batch.image_counts, batch.image_index),
+            ("audio", audio, own.audios, batch.audio_counts, batch.audio_index),
         )
-        for modality, features, counts, index in items:
+        for modality, features, parts, counts, index in items:
             if features is None:
                 continue
             connected = anchors.run(self.connectors[modality], flatten_items(features.padded, features.lengths))
-            rows = rows_in_stream(counts, features.real_lengths, modality)
-            embeds = splice(embeds, select_rows(connected, rows), index)
-        return run_packed(self.trunk, embeds, batch, self.bidirectional_images)
+            rows = rows_in_stream(counts[own.own(parts.items)], features.real_lengths, modality)
+            placed = self._exchange(batch, select_rows(connected, rows), parts.rows, parts.places, anchors)
+            places = index[own.own(parts.places)]
+            embeds = splice(embeds, placed, places - stretch.start if stretch.start else places)
+        return run_packed(self.trunk, embeds, batch, self.bidirectional_images, self.sequence)
 
     def _next_token_loss(self, batch: PackedBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sum over all labels, and the loss of each without its gradient."""
-        if batch.num_labels:
-            labels = batch.labels[batch.label_index]
-            losses = self.trunk.lm_head(hidden[batch.label_index], labels, reduction="none")
+        own = batch.own
+        if own.count(own.labels):
+            places = batch.label_index[own.own(own.labels)]
+            labels, first = batch.labels[places], own.tokens[own.place]
+            losses = self.trunk.lm_head(hidden[places - first if first else places], labels, reduction="none")
             return losses.sum(), losses.detach()
         # No label on this rank: one row times zero, so that the head and the trunk still run backwards.
         return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1])), None

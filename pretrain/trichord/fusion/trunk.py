@@ -21,6 +21,7 @@ from trichord.layers.initial import SkipInitialValues, skips_initial_values
 from trichord.layers.layout import PackedLayout
 from trichord.layers.loss import replace_lm_head
 from trichord.layers.rope import resolve_sections
+from trichord.layers.sequence import SequenceGroup
 from trichord.layers.swap import swap_decoder
 
 # LlamaForCausalLM or Qwen3ForCausalLM, with parts replaced by ours: neither class would be the true type.
@@ -169,19 +170,28 @@ def replace_parts(trunk: CausalLM, sections: tuple[int, int, int] | None) -> Cau
     return trunk
 
 
-def run_packed(trunk: CausalLM, embeds: Tensor, batch: PackedBatch, bidirectional_images: bool) -> Tensor:
-    """embeds (T, D) of a packed stream -> last hidden states (T, D).
+def run_packed(
+    trunk: CausalLM,
+    embeds: Tensor,
+    batch: PackedBatch,
+    bidirectional_images: bool,
+    sequence: SequenceGroup | None = None,
+) -> Tensor:
+    """embeds (T, D) of a packed stream -> last hidden states (T, D); of the stretch that is this rank's, where
+    `sequence` shares the stream.
 
     The layout travels to the attention function as a keyword argument. The 4-D stand-in for a mask tells transformers
     that masks are settled: it would otherwise look for packing in the positions, which waits for the device.
     """
     spans = batch.span_ends if bidirectional_images else None
     layout = PackedLayout.build(batch.cu_seqlens, batch.segment_ids, spans)
+    own = batch.own
     out = trunk.model(
         inputs_embeds=embeds[None],
-        position_ids=batch.position_ids[:, None],
+        position_ids=batch.position_ids[:, None, own.own(own.tokens)],
         attention_mask=torch.empty((1, 1, 1, 1), dtype=torch.bool, device=embeds.device),
         use_cache=False,
         packed_layout=layout,
+        sequence_group=sequence if own.size > 1 else None,
     )
     return out.last_hidden_state[0]

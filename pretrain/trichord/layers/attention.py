@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trichord.layers.layout import PackedLayout
+from trichord.layers.sequence import SequenceGroup
 from trichord_kernels import attention
 
 NAME = "trichord"
@@ -62,10 +63,11 @@ def trichord_attention(
     """The attention function transformers calls. query (B, N, L, H) -> (B, L, N, H).
 
     Our kernels run where a `PackedLayout` says who sees whom: `packed_layout`, a keyword argument of the model's
-    forward (batch size 1); the mask function's answer (`masks.py`), which covers padding on either side and packed
-    rows; `cu_seq_lens_q`, which transformers' flattening collator gives; or no mask at all. A dense mask comes with
-    key-value caches and kinds that no layout describes; it goes to torch's own attention, on a GPU too: a decoding
-    step has one query per row, and tiles of queries have nothing to gain there.
+    forward (batch size 1; where `sequence_group` is given too, the stream lies over its ranks); the mask function's
+    answer (`masks.py`), which covers padding on either side and packed rows; `cu_seq_lens_q`, which transformers'
+    flattening collator gives; or no mask at all. A dense mask comes with key-value caches and kinds that no layout
+    describes; it goes to torch's own attention, on a GPU too: a decoding step has one query per row, and tiles of
+    queries have nothing to gain there.
 
     Raises:
         ValueError: an argument that changes the result and is not offered here, or a mask that is not 4-D.
@@ -73,6 +75,9 @@ def trichord_attention(
     for name in _NOT_OFFERED:
         if kwargs.get(name) is not None:
             raise ValueError(f'attn_implementation="{NAME}" does not offer {name}; use another implementation')
+    group: SequenceGroup | None = kwargs.get("sequence_group")
+    if group is not None:
+        return _shared_attention(group, query, key, value, kwargs["packed_layout"], scaling, softcap, dropout), None
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     layout = _find_layout(query, key, attention_mask, causal, kwargs)
     if layout is not None:
@@ -90,6 +95,21 @@ def trichord_attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal
     )
+
+
+def _shared_attention(
+    group: SequenceGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """query (1, N, T / P, H), key and value (1, K, T / P, H) of this rank's tokens -> (1, T / P, N, H)."""
+    q, k, v = group.to_heads(*(t[0].transpose(0, 1) for t in (query, key, value)))
+    return group.to_tokens(attend(q, k, v, layout, scaling, softcap=softcap, dropout=dropout))[None]
 
 
 def _find_layout(

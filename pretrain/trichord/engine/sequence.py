@@ -1,0 +1,64 @@
+"""Which ranks share rows (sequence parallelism), and whether a model and a job can be divided so."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from trichord.core.dist import RankFacts
+from trichord.core.errors import ConfigError
+from trichord.engine.config import EngineConfig
+from trichord.layers.sequence import SequenceGroup
+
+
+class DataPlace(NamedTuple):
+    """Where a rank stands among those that have rows of their own, and, in `place` of `size`, among those that share
+    its rows. Groups are neighbouring ranks: their exchange is the dearest, and should stay inside a node."""
+
+    rank: int
+    world_size: int
+    place: int
+    size: int
+
+
+def data_place(engine: EngineConfig, facts: RankFacts) -> DataPlace:
+    """Raises ConfigError: the groups do not divide the job."""
+    size = engine.sequence_parallel
+    if facts.world_size % size:
+        raise ConfigError(
+            f"engine.sequence_parallel is {size}, which does not divide the {facts.world_size} ranks of this job; "
+            "start a multiple of it, or lower it"
+        )
+    return DataPlace(facts.rank // size, facts.world_size // size, facts.rank % size, size)
+
+
+def share_sequences(model: Any, engine: EngineConfig) -> None:
+    """Make the groups and tell the model, a `Trichord`, its own. Called on all ranks.
+
+    Raises:
+        ConfigError: the trunk's heads cannot be divided.
+    """
+    size = engine.sequence_parallel
+    if size == 1:
+        return
+    _check_heads(model, size)
+    for first in range(0, dist.get_world_size(), size):
+        group = dist.new_group(range(first, first + size))  # every rank takes part in making every group
+        if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + size:
+            model.sequence = SequenceGroup(group)
+
+
+def _check_heads(model: Any, size: int) -> None:
+    trunk = model.trunk.config
+    heads, key_heads = trunk.num_attention_heads, trunk.num_key_value_heads
+    if heads % size:
+        raise ConfigError(
+            f"engine.sequence_parallel {size} does not divide the {heads} attention heads of the trunk; take a divisor "
+            "of them"
+        )
+    if key_heads % size and size % key_heads:
+        raise ConfigError(
+            f"engine.sequence_parallel {size} does not fit the {key_heads} key-value heads of the trunk: one of the "
+            "two must divide the other"
+        )
