@@ -12,7 +12,7 @@ Shapes: T packed tokens, S segments, I images, A clips, P patches, D hidden, E e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -95,9 +95,9 @@ class _Anchors:
     def __init__(self, device: torch.device):
         self.total = torch.zeros((), device=device)
 
-    def run(self, module: Callable[..., Any], *inputs: Any) -> Any:
-        """Call a module or a collective, on this rank's items or on a placeholder, so that it runs backwards on every
-        rank too. Returns its output, a tensor or several."""
+    def run(self, module: nn.Module, *inputs: Any) -> Any:
+        """Call a module, on this rank's items or on a placeholder, so that it runs backwards on every rank too. Returns
+        its output, a tensor or several."""
         output = module(*inputs)
         for tensor in (output,) if isinstance(output, Tensor) else output:
             self.total = self.total + 0.0 * tensor.float().sum()
@@ -201,14 +201,15 @@ class Trichord(nn.Module):
         if features is None or modality not in self.heads:
             return None
         embeds = anchors.run(self.heads[modality], masked_mean(features.padded, features.lengths))
-        return self._exchange(batch, embeds[: features.num_items], parts.items, parts.contrasted, anchors)
+        return self._exchange(batch, embeds[: features.num_items], parts.items, parts.contrasted)
 
-    def _exchange(self, batch: PackedBatch, rows: Tensor, have: Bounds, need: Bounds, anchors: _Anchors) -> Tensor:
-        """Rows made by the ranks that have the items, to those that need them."""
+    def _exchange(self, batch: PackedBatch, rows: Tensor, have: Bounds, need: Bounds) -> Tensor:
+        """Rows made by the ranks that have the items, to those that need them. It runs backwards on all of them, since
+        what takes the rows, the splice or the contrastive loss, keeps them in the graph also where there are none."""
         if batch.own.size == 1:
             return rows
         assert self.sequence is not None
-        return anchors.run(self.sequence.exchange, rows, have, need)
+        return self.sequence.exchange(rows, have, need)
 
     def _embed_text(self, batch: PackedBatch, anchors: _Anchors) -> Tensor | None:
         if self.text is None:
@@ -238,7 +239,7 @@ class Trichord(nn.Module):
                 continue
             connected = anchors.run(self.connectors[modality], flatten_items(features.padded, features.lengths))
             rows = rows_in_stream(counts[own.own(parts.items)], features.real_lengths, modality)
-            placed = self._exchange(batch, select_rows(connected, rows), parts.rows, parts.places, anchors)
+            placed = self._exchange(batch, select_rows(connected, rows), parts.rows, parts.places)
             places = index[own.own(parts.places)]
             embeds = splice(embeds, placed, places - stretch.start if stretch.start else places)
         return run_packed(self.trunk, embeds, batch, self.bidirectional_images, self.sequence)
