@@ -122,6 +122,8 @@ def test_a_snapshot_with_a_part_missing_is_not_whole(tmp_path):
     assert missing_files(reference, tmp_path) == ["model-00002-of-00002.safetensors"]
     (tmp_path / "gone").write_text("x")
     assert missing_files(reference, tmp_path) == []
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert missing_files(reference, tmp_path) == ["model.safetensors.index.json"]
 
 
 def test_a_tokenizer_that_was_fetched_in_part_is_found(ready):

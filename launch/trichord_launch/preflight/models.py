@@ -129,6 +129,8 @@ def _missing_weights(place: Path) -> list[str]:
             return sorted({Path(name).name for name in names if not (place / Path(name).name).is_file()})
         except (ValueError, LookupError, TypeError, AttributeError):
             return [f"a readable {_INDEX}"]
+    if any(place.glob("*-of-*.safetensors")):
+        return [_INDEX]
     return [] if any(path.is_file() for path in place.glob("*.safetensors")) else ["model.safetensors"]
 
 

@@ -64,7 +64,7 @@ def patch_grid(backbone: Any, config: VisionConfig, image_size: int) -> tuple[in
     """Rows and columns of its patch tokens, or of its last feature map.
 
     Raises:
-        ConfigError: the model returns neither, or its patches do not fill the picture.
+        ConfigError: the model returns neither, or its patches or map do not fill the picture.
     """
     if is_vision_transformer(backbone):
         _require_whole_patches(backbone, config, image_size)
@@ -84,17 +84,11 @@ def feature_map(config: VisionConfig, image_size: int) -> tuple[int, int, int]:
     """Channels, rows and columns of a convolutional network's output, by running one picture through its shapes.
 
     Raises:
-        ConfigError: it returns no feature map (C, H, W).
+        ConfigError: it returns no feature map (C, H, W), or one that does not fill the picture.
     """
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         twin = create_backbone(config, image_size).eval()
-        try:
-            shape = tuple(twin(torch.empty(1, 3, image_size, image_size)).shape)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ConfigError(
-                f"encoders.vision.name {config.name!r} cannot run on pictures of {image_size} x {image_size} pixels: "
-                f"{error}; change samples.image.size or its options"
-            ) from error
+    shape = _output_shape(twin, config, image_size)
     channels = {twin.num_features, getattr(twin, "head_hidden_size", twin.num_features)}
     if len(shape) != 4 or shape[1] not in channels or getattr(twin, "output_fmt", "NCHW") != "NCHW":
         raise ConfigError(
@@ -102,7 +96,39 @@ def feature_map(config: VisionConfig, image_size: int) -> tuple[int, int, int]:
             f"nor a feature map (C, H, W), but {shape[1:]}; choose a plain vision transformer, such as "
             "vit_base_patch16_224, or a convolutional network, such as resnet50 or convnext_base"
         )
+    _require_whole_map(twin, config, image_size, shape[2])
     return shape[1], shape[2], shape[3]
+
+
+def _output_shape(twin: nn.Module, config: VisionConfig, image_size: int) -> tuple[int, ...]:
+    """Of one picture; twin: the model on the meta device."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            return tuple(twin(torch.empty(1, 3, image_size, image_size)).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"encoders.vision.name {config.name!r} cannot run on pictures of {image_size} x {image_size} pixels: "
+            f"{error}; change samples.image.size or its options"
+        ) from error
+
+
+def _require_whole_map(twin: Any, config: VisionConfig, image_size: int, rows: int) -> None:
+    """Raise where a convolutional network leaves the last rows and columns of pixels outside its map.
+
+    Those that pad before each stride (ResNet) fill a picture of any size, those that divide it into patches (ConvNeXt)
+    do not. Some (Inception) have a smaller map at every size, as they never pad: their kernels see all pixels.
+    """
+    stride = twin.feature_info[-1]["reduction"] if getattr(twin, "feature_info", None) else 1
+    left_out, whole = image_size - rows * stride, image_size - image_size % stride
+    released_sizes = [twin.pretrained_cfg.get(name, (0,))[-1] for name in ("input_size", "test_input_size")]
+    if left_out <= 0 or whole == image_size or image_size in released_sizes:
+        return
+    if _output_shape(twin, config, whole)[2] * stride < whole:
+        return
+    raise ConfigError(
+        f"samples.image.size is {image_size}, no multiple of the stride {stride} of {config.name!r}: the last "
+        f"{left_out} rows and columns of pixels would be outside its feature map; set it to {whole} or {whole + stride}"
+    )
 
 
 def _require_whole_patches(backbone: Any, config: VisionConfig, image_size: int) -> None:

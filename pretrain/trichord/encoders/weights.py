@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from trichord.core.errors import ConfigError
 from trichord.layers.initial import skips_initial_values
 
 _INDEX = "model.safetensors.index.json"
+_PART = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -44,7 +46,7 @@ def read_safetensors(path: Path | str) -> StoredWeights:
     """All tensors of a `.safetensors` file, or of a folder that holds `model.safetensors` or its sharded form.
 
     Raises:
-        ConfigError: nothing of the kind is there, or a file cannot be read.
+        ConfigError: nothing of the kind is there, a part of it is not, or a file cannot be read.
     """
     path = Path(path)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -60,16 +62,39 @@ def _folder_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if (folder / _INDEX).is_file():
-        names = json.loads((folder / _INDEX).read_text())["weight_map"].values()
-        # Only the last part of a name: an index may not point outside its own folder.
-        return sorted({folder / Path(name).name for name in names})
+        return _indexed_files(folder)
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    parts = [file.name for file in found if _PART.search(file.name)]
+    if parts:
+        raise ConfigError(
+            f"{folder} holds weights in parts ({parts[0]}, ...) without {_INDEX}, which names them all; "
+            "copy it too, or fetch the folder again"
+        )
     if len(found) == 1:
         return found
     raise ConfigError(
         f"expected a .safetensors file, or a folder with model.safetensors, at {folder}; "
         f"found {[f.name for f in found] or 'nothing'}; pickled weights (.bin, .pt) are not read"
     )
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    """The parts that an index names, all of them there."""
+    try:
+        names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        # Only the last part of a name: an index may not point outside its own folder.
+        files = sorted({folder / Path(name).name for name in names})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder / _INDEX} is no index of weights ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {missing[0]}: {len(missing)} of the {len(files)} parts that {_INDEX} names are missing; "
+            "copy them too, or fetch the folder again"
+        )
+    return files
 
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,13 @@ def load_init_weights(place: str) -> StoredWeights:
 
 
 def _require_trichord(folder: Path) -> None:
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"run.init_from: {folder / 'config.json'} is no transformers config ({type(error).__name__}: {error}); "
+            "export again, or fetch it again"
+        ) from error
     if kind != "trichord":
         raise ConfigError(
             f"run.init_from {folder} is a {kind!r} model; a whole run starts from a Trichord export. "

@@ -55,6 +55,20 @@ def test_the_planned_grid_is_the_feature_map_in_reading_order(name, options, gri
     assert torch.equal(tokens[0, grid[1] - 1], features[0, :, 0, -1])
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "size", "rows"),
+    [("resnet18", RESNET, 33, 5), ("inception_v3", {}, 111, 2), ("convnext_atto", CONVNEXT, 64, 2)],
+)
+def test_a_map_over_the_whole_picture_is_right_at_any_size(name, options, size, rows):
+    assert image_grid(VisionConfig(name=name, options=options), size) == (rows, rows)
+
+
+@pytest.mark.parametrize(("size", "left_out"), [(100, 4), (111, 15), (127, 31)])
+def test_a_map_that_leaves_pixels_outside_is_refused(size, left_out):
+    with pytest.raises(ConfigError, match=f"is {size}, .* stride 32 .* last {left_out} rows .* set it to 96 or 128$"):
+        image_grid(VisionConfig(name="convnext_atto", options=CONVNEXT), size)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "regnetx_002"])  # torch's batch norm, and timm's with its activation
 def test_on_one_rank_it_is_torch_s_batch_norm(name):
     options = RESNET if name == "resnet18" else {}

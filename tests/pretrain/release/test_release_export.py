@@ -187,6 +187,26 @@ def test_sources_that_cannot_be_used(folder, model, source, message):
         load_initial_weights(model, source.format(folder=folder))
 
 
+def test_exports_with_a_part_missing(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "20KB")
+    out = export_checkpoint(weights_of(model), leaves(), tokenizer, tmp_path / "model")
+    assert load_initial_weights(model, str(out)).complete
+    index, part = out / "model.safetensors.index.json", min(out.glob("model-*.safetensors"))
+    part.rename(out / "moved")
+    with pytest.raises(ConfigError, match=f"lacks {part.name}: 1 of the .* copy them too"):
+        load_init_weights(str(out))
+    (out / "moved").rename(part)
+    index.write_text("{}")
+    with pytest.raises(ConfigError, match=r"index\.json is no index of weights .*; fetch it again"):
+        load_init_weights(str(out))
+    index.unlink()
+    with pytest.raises(ConfigError, match=r"in parts \(model-00001-of-.*without model\.safetensors\.index\.json"):
+        load_init_weights(str(out))
+    (out / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json is no transformers config .*; export again"):
+        load_init_weights(str(out))
+
+
 def test_parsing():
     assert parse_source("org/name@v1#vision,heads") == ("org/name@v1", ("vision", "heads"))
     assert parse_source("runs/a") == ("runs/a", ())
