@@ -22,10 +22,11 @@ from trichord_launch import scheduler
 from trichord_launch.decide import Next, Situation, decide
 from trichord_launch.job import SlurmJob, read_job
 from trichord_launch.nodes import check_nodes, too_many
+from trichord_launch.ports import free_port
 from trichord_launch.record import begin_attempt, end_attempt, last_known_step, next_attempt, past_attempts, read_json
 from trichord_launch.steps import Start, port_of, train_step
 from trichord_launch.supervise import StopSignals, run_lock
-from trichord_launch.training_step import TrainingStep, clear_stale_locks, free_port
+from trichord_launch.training_step import TrainingStep, clear_stale_locks
 from trichord_launch.verdict import Verdict, first_death, judge
 
 CANCEL_FILE = "cancel"  # in the submission's folder: a stop is for good

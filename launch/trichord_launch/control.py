@@ -23,12 +23,28 @@ from trichord_launch.supervise import LOCK_FILE, is_held
 def submissions(folder: Path) -> list[Path]:
     """Those of a run that reached Slurm, the newest first."""
     found = [path.parent for path in folder.glob(f"submissions/*/{LINKS_FILE}")]
-    return sorted(found, key=lambda path: read_json(path / LINKS_FILE).get("time", 0), reverse=True)
+    return sorted(found, key=lambda path: _links(path)[0], reverse=True)
 
 
 def job_ids(folder: Path) -> list[str]:
     """All jobs this run was ever submitted as, those of the newest submission first."""
-    return [job_id for path in submissions(folder) for job_id in read_json(path / LINKS_FILE).get("job_ids", [])]
+    return [job_id for path in submissions(folder) for job_id in _links(path)[1]]
+
+
+def _links(submission: Path) -> tuple[float, list[str]]:
+    """(when it was submitted, the ids of its jobs).
+
+    Raises:
+        TrichordError: somebody broke the file.
+    """
+    facts = read_json(submission / LINKS_FILE)
+    time, job_ids = facts.get("time"), facts.get("job_ids")
+    if not isinstance(time, int | float) or not isinstance(job_ids, list):
+        raise TrichordError(
+            f"{submission / LINKS_FILE} does not say which jobs were submitted; `squeue --me` lists those in the "
+            "queue, and without the file they are not known to belong to this run"
+        )
+    return time, [str(job_id) for job_id in job_ids]
 
 
 def queued_jobs(folder: Path) -> list[QueuedJob]:
@@ -63,7 +79,7 @@ def cancel(folder: Path, now: bool = False) -> str:
     if not jobs:
         return _cancel_here(folder, now)
     for path in submissions(folder):
-        if set(read_json(path / LINKS_FILE).get("job_ids", [])) & {job.job_id for job in jobs}:
+        if set(_links(path)[1]) & {job.job_id for job in jobs}:
             write_atomically(path / CANCEL_FILE, "")  # the batch process looks for it
     # Slurm itself ends a job that is not running yet, or is just being put back.
     running = [job for job in jobs if job.state == "RUNNING" and not now]
@@ -87,8 +103,14 @@ def attach_command(folder: Path, rank: int, command: Sequence[str] = ()) -> list
             f"no job of run {folder.name} is running; `trichord-launch status {folder}` says what it does"
         )
     numbers = attempt_numbers(folder)
-    facts = read_json(folder / "attempts" / str(numbers[-1]) / "command.json") if numbers else {}
-    nodes, per_node = facts.get("nodes", []), facts.get("ranks_per_node", 1)
+    record = folder / "attempts" / str(numbers[-1] if numbers else 1) / "command.json"
+    facts = read_json(record)
+    nodes, per_node = facts.get("nodes"), facts.get("ranks_per_node")
+    if not isinstance(nodes, list) or not isinstance(per_node, int):
+        raise ConfigError(
+            f"{record} does not say on which nodes the ranks are, or is not there yet; `squeue` says where job "
+            f"{running[0].job_id} runs, and `srun --jobid={running[0].raw_id} --overlap --pty bash -l` goes there"
+        )
     if not 0 <= rank < len(nodes) * per_node:
         raise ConfigError(f"--rank must be 0 to {len(nodes) * per_node - 1}, got {rank}")
     where = ["--nodes=1", "--ntasks=1", f"--nodelist={nodes[rank // per_node]}"]

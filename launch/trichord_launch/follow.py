@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from trichord.core.errors import ConfigError
+from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.status import read_rank_statuses, read_status
 from trichord_launch.control import job_ids, queued_jobs
-from trichord_launch.record import attempt_numbers, read_json
+from trichord_launch.record import OF_A_RUN, attempt_numbers, is_run_folder, read_json
 from trichord_launch.supervise import is_held
 from trichord_launch.verdict import last_metrics
 
+T = TypeVar("T")
 _SHOWN_METRICS = ("train/loss", "speed/tokens_per_s", "train/grad_norm")
 
 
@@ -24,11 +25,16 @@ def find_run(run: str, root: Path = Path("runs")) -> Path:
     """The folder of a run given as a path or as a name under `runs/`.
 
     Raises:
-        ConfigError: no such run; names the nearest.
+        ConfigError: no such run, and names the nearest; or a folder that is no run's.
     """
-    for folder in (Path(run).expanduser(), root / run):
-        if folder.is_dir():
+    places = [folder for folder in (Path(run).expanduser(), root / run) if folder.is_dir()]
+    for folder in places:
+        if is_run_folder(folder):
             return folder
+    if places:
+        inside = sorted(path.name for path in places[0].iterdir() if path.is_dir() and is_run_folder(path))
+        hint = f"; runs in it: {', '.join(inside[:5])}" if inside else f"; a run's holds {', '.join(OF_A_RUN[:4])}"
+        raise ConfigError(f"{places[0]} is no run folder{hint}")
     known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     near = difflib.get_close_matches(run, known, n=3, cutoff=0.3) or known[:3]
     hint = f"; nearest: {', '.join(near)}" if near else f"; {root.absolute()} holds no runs"
@@ -37,22 +43,35 @@ def find_run(run: str, root: Path = Path("runs")) -> Path:
 
 def run_status(folder: Path) -> dict[str, Any]:
     """What is known of a run, as plain data for `--json` and for `render_status`."""
-    status = read_status(folder)
+    broken: list[str] = []
+    status = _unless_broken(lambda: read_status(folder), None, broken)
+    ranks = _unless_broken(lambda: read_rank_statuses(folder), {}, broken)
+    known = _unless_broken(lambda: job_ids(folder), [], broken)
+    jobs = queued_jobs(folder) if known else []
     verdicts = {n: read_json(folder / "attempts" / str(n) / "verdict.json") for n in attempt_numbers(folder)}
-    known, jobs = job_ids(folder), queued_jobs(folder)
     return {
         "run": folder.name,
         "folder": str(folder),
         "status": vars(status) if status else None,
+        "broken": broken,
         "launcher_alive": is_held(folder) or any(job.state == "RUNNING" for job in jobs),
         "jobs": [vars(job) for job in jobs],
         "job_ids": known,
         "total_steps": _total_steps(folder),
         "checkpoints": sorted(p.parent.name for p in (folder / "checkpoints").glob("step-*/manifest.json")),
         "last_metrics": last_metrics(folder),
-        "failed_ranks": {rank: vars(rank_status) for rank, rank_status in read_rank_statuses(folder).items()},
+        "failed_ranks": {rank: vars(rank_status) for rank, rank_status in ranks.items()},
         "attempts": {number: verdict for number, verdict in verdicts.items() if verdict},
     }
+
+
+def _unless_broken(read: Callable[[], T], otherwise: T, broken: list[str]) -> T:
+    """What a file says; where somebody broke it, that goes to `broken`, and the other files are still told."""
+    try:
+        return read()
+    except TrichordError as error:
+        broken.append(str(error))
+        return otherwise
 
 
 def render_status(facts: dict[str, Any], now: float | None = None) -> str:
@@ -60,9 +79,10 @@ def render_status(facts: dict[str, Any], now: float | None = None) -> str:
     now = time.time() if now is None else now
     status, metrics = facts["status"], facts["last_metrics"]
     lines = [f"run         {facts['run']}  ({facts['folder']})"]
-    lines += _job_lines(facts)
+    lines += [*(f"broken      {said}" for said in facts["broken"]), *_job_lines(facts)]
     if status is None:
-        return "\n".join([*lines, "outcome     not started"])
+        said = "outcome     not known" if facts["broken"] else "outcome     not started"
+        return "\n".join([*lines, said, *_attempt_lines(facts)])
     outcome = status["outcome"]
     if outcome == "running" and not facts["launcher_alive"]:
         outcome = (
@@ -74,19 +94,25 @@ def render_status(facts: dict[str, Any], now: float | None = None) -> str:
     lines.append(f"step        {step if step >= 0 else '-'} of {facts['total_steps'] or '?'}")
     shown = [f"{name} {metrics[name]:.5g}" for name in _SHOWN_METRICS if isinstance(metrics.get(name), (int, float))]
     if shown:
-        lines.append(f"metrics     {', '.join(shown)}  (step {metrics['step']}, {_age(now - metrics['time'])} ago)")
+        when = f", {_age(now - metrics['time'])} ago" if isinstance(metrics.get("time"), int | float) else ""
+        lines.append(f"metrics     {', '.join(shown)}  (step {metrics['step']}{when})")
     if facts["checkpoints"]:
         lines.append(f"checkpoint  {facts['checkpoints'][-1]}  ({len(facts['checkpoints'])} kept)")
     for rank, rank_status in facts["failed_ranks"].items():
         lines.append(f"rank {rank:<6} failed at step {rank_status['step']}: {rank_status['reason']}")
+    return "\n".join([*lines, *_attempt_lines(facts)])
+
+
+def _attempt_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
     for number, verdict in facts["attempts"].items():
-        after = f" after {_age(verdict['seconds'])}" if "seconds" in verdict else ""
-        why = f"; {verdict['next']}: {verdict['why']}" if verdict.get("why") else ""
+        after = f" after {_age(verdict['seconds'])}" if isinstance(verdict.get("seconds"), int | float) else ""
+        why = f"; {verdict.get('next', '?')}: {verdict['why']}" if verdict.get("why") else ""
         lines.append(
             f"attempt {number:<3} {verdict.get('outcome', '?')} at step {verdict.get('step', '?')}{after}: "
             f"{verdict.get('reason', '?')}{why}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _job_lines(facts: dict[str, Any]) -> list[str]:
@@ -133,8 +159,8 @@ def job_log(folder: Path) -> Path:
 
 def _caught(record: Path, rank: int) -> list[Path]:
     """What torchrun (on this machine, or on the rank's node) or srun wrote down of a rank's output in one attempt."""
-    per_node = read_json(record / "command.json").get("ranks_per_node", 1)
-    node, local = divmod(rank, per_node)
+    per_node = read_json(record / "command.json").get("ranks_per_node")
+    node, local = divmod(rank, per_node if isinstance(per_node, int) and per_node > 0 else 1)
     return [
         *record.glob(f"torchrun/*/attempt_*/{rank}/stderr.log"),
         *record.glob(f"torchrun/node-{node}/*/attempt_*/{local}/stderr.log"),

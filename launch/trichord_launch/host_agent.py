@@ -1,15 +1,15 @@
-"""What ssh starts on a host: `python -m trichord_launch.host_agent PYTHON-WORDS ...`, around torchrun.
+"""What ssh starts on a host: `python -m trichord_launch.host_agent ID PYTHON-WORDS ...`, around torchrun.
 
-Reads what the launcher says from its input: a line `stop` asks the ranks to save and stop, `kill` ends them, `here`
-is a sign of life. Where the connection is gone or silent, so is the launcher: the ranks are asked to save and stop, as
-when a launcher on their own machine dies.
+ID marks what it starts, so that the launcher can see later that nothing is left of it. It says first that it has begun:
+what the cluster file asks for on a host is done by then. It reads what the launcher says from its input: a line `stop`
+asks the ranks to save and stop, `kill` ends them, `here` is a sign of life. Where the connection is gone or silent, so
+is the launcher: the ranks are asked to save and stop, as when a launcher on their own machine dies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from trichord_launch.node import threads_per_rank
 from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers, ranks_of
 
+BEGUN = "trichord-launch: the agent has begun"
 _LEFTOVER_GRACE_S = 5.0
 _BARRIER_S = 60.0  # torchrun whose ranks have gone waits for those of other hosts, for minutes where they died
 _SILENCE_S = 120.0  # a network that is cut breaks no connection: only silence tells
@@ -28,8 +29,8 @@ _SILENCE_S = 120.0  # a network that is cut breaks no connection: only silence t
 class Agent:
     """Holds one torchrun on this host."""
 
-    def __init__(self, words: list[str]):
-        self._launch_id = secrets.token_hex(8)
+    def __init__(self, launch_id: str, words: list[str]):
+        self._launch_id = launch_id
         self._killed = False
         self._asked = threading.Lock()  # held once the ranks have been asked
         self._asked_at = float("inf")
@@ -94,7 +95,9 @@ def main() -> int:
     """Until torchrun has ended."""
     for number in (signal.SIGHUP, signal.SIGPIPE):  # what sshd sends when the connection breaks
         signal.signal(number, signal.SIG_IGN)
-    agent = Agent(sys.argv[1:])
+    with contextlib.suppress(OSError):
+        print(BEGUN, flush=True)
+    agent = Agent(sys.argv[1], sys.argv[2:])
     threading.Thread(target=agent.listen, args=(sys.stdin,), daemon=True).start()
     code = agent.wait()
     os._exit(code if code >= 0 else 128 - code)  # the thread may be waiting for a line

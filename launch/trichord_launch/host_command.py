@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class HostsJob:
     hosts: names under which they reach each other, and ssh reaches them; the first one hosts the rendezvous.
     modules, setup: shell words and lines before the interpreter starts. python: on the hosts. ssh: the client's words.
     gpus: whether ranks use them; None: where a host has some. stop_timeout_s: how long ranks may take to save after a
-    signal that reaches torchrun itself.
+    signal that reaches torchrun itself. begin_s: how long modules and setup may take on a host.
     """
 
     run_folder: Path
@@ -46,6 +47,7 @@ class HostsJob:
     network_interface: str | None = None
     gpus: bool | None = True
     stop_timeout_s: float = 660.0
+    begin_s: float = 120.0
     runner: tuple[str, ...] = RUNNER
     entry: tuple[str, ...] = TRAIN_ENTRY
 
@@ -76,7 +78,13 @@ def ssh_command(job: HostsJob, host: str, words: Sequence[str], limit_s: float |
 def fan_out(job: HostsJob, python: str) -> Command:
     """The process on this machine that holds the connections, one per host."""
     words = [word for host, command in train_commands(job).items() for word in (host, shlex.join(command))]
-    return Command((python, "-m", "trichord_launch.fan_out", str(job.attempt_folder / "hosts"), *words), {})
+    limits = (f"{job.begin_s:g}", f"{job.stop_timeout_s:g}")
+    return Command((python, "-m", "trichord_launch.fan_out", str(job.attempt_folder / "hosts"), *limits, *words), {})
+
+
+def launch_id(job: HostsJob, host: str) -> str:
+    """Marks the processes of this attempt on a host; the launcher knows it without having heard of them."""
+    return hashlib.blake2b(f"{job.run_folder} {job.attempt} {host}".encode(), digest_size=8).hexdigest()
 
 
 def as_shell(job: HostsJob) -> str:
@@ -102,7 +110,15 @@ def host_environment(job: HostsJob) -> dict[str, str]:
 
 
 def _train_words(job: HostsJob, node: int) -> list[str]:
-    words = [*AGENT, *job.runner, "--nnodes", str(len(job.hosts)), "--nproc-per-node", str(job.procs)]
+    words = [
+        *AGENT,
+        launch_id(job, job.hosts[node]),
+        *job.runner,
+        "--nnodes",
+        str(len(job.hosts)),
+        "--nproc-per-node",
+        str(job.procs),
+    ]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address(job.hosts[0])}:{job.port}"]
     words += ["--rdzv-id", f"{job.run_name}-{job.attempt}"]
     # Said here, since a host's name may have many forms.

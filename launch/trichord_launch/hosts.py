@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,18 +17,17 @@ from trichord.config.identity import inspect_run_folder, run_path
 from trichord.config.load import load_cluster, load_run_config
 from trichord.core.errors import ConfigError
 from trichord_launch.command import TRAIN_ENTRY, Command, stop_timeout_s
-from trichord_launch.host_command import RUNNER, HostsJob, address, as_shell, fan_out, ssh_command
+from trichord_launch.host_command import RUNNER, HostsJob, address, as_shell, fan_out
+from trichord_launch.hosts_check import clear_hosts, require_fit_hosts
 from trichord_launch.job import NodeCheck
+from trichord_launch.job_size import require_groups, size_warnings
 from trichord_launch.machine import this_machine
-from trichord_launch.node_problems import Asked, Report, bad_nodes
-from trichord_launch.record import next_attempt, read_json
-from trichord_launch.steps import PORTS, check_words
-from trichord_launch.supervise import run_lock, supervise
+from trichord_launch.ports import PORTS
+from trichord_launch.record import next_attempt
+from trichord_launch.supervise import Reach, StopSignals, supervise, tell
 from trichord_launch.verdict import Verdict
 
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*")
-_LIMIT_MARGIN_S = 10.0  # the host ends its check by itself; this is for one that does not answer at all
-_AT_ONCE = 32  # hosts that are looked at side by side
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ def read_hosts(named: str | None, file: Path | None) -> tuple[str, ...]:
 def show_hosts(request: Request) -> str:
     """The commands that `launch_hosts` would start, as shell text; checks the same, writes and connects nothing."""
     job, _ = _prepare(request, _cluster_of(request))
-    return as_shell(replace(job, attempt=next_attempt(job.run_folder)))
+    attempt = next_attempt(job.run_folder)
+    return as_shell(replace(job, attempt=attempt, port=_port_of(job.run_name, attempt)))
 
 
 def launch_hosts(request: Request, *, max_restarts: int = 0, check: NodeCheck | None = None) -> Verdict:
@@ -90,92 +88,44 @@ def launch_hosts(request: Request, *, max_restarts: int = 0, check: NodeCheck | 
     check: what each host must pass; None: the cluster file's, or its defaults.
 
     Raises:
-        ConfigError: the config or an option is wrong, a host cannot be reached or is not fit, or another launcher
-            holds the run.
+        ConfigError: the config or an option is wrong, or another launcher holds the run.
+        MachineError: a host cannot be reached, or is not fit.
         CheckpointError: the config does not fit the run that stands in its folder.
     """
     cluster = _cluster_of(request)
     job, resume = _prepare(request, cluster)
     limits = cluster.node_check.model_dump() if cluster is not None else {}
-    with run_lock(job.run_folder):  # a second launcher is told at once, and finds no half-written token
-        require_fit_hosts(job, check or NodeCheck(**limits, commit=True))
+    look = check or NodeCheck(**limits, commit=True)
+    attempts = _Attempts(replace(job, begin_s=look.timeout_s), resume)
 
-    def command_of(attempt: int, restart: bool) -> Command:
-        # The first start has made the run; `never` would refuse it on the second.
-        again = ("run.resume=auto",) if restart and resume == "never" else ()
-        now = replace(job, attempt=attempt, port=_port_of(job.run_name, attempt), overrides=(*job.overrides, *again))
-        return fan_out(now, sys.executable)
+    def prepare(signals: StopSignals) -> None:
+        attempts.port = require_fit_hosts(attempts.numbered(next_attempt(job.run_folder)), look, signals)
 
+    def clear(attempt: int, verdict: Verdict, signals: StopSignals) -> str:
+        return clear_hosts(attempts.numbered(attempt), list(verdict.hosts_lost), look.timeout_s, signals)
+
+    reach = Reach(prepare, _ask, _kill, clear)
     facts = {"hosts": job.hosts, "ranks_per_node": job.procs}
-    return supervise(job.run_folder, command_of, max_restarts=max_restarts, ask=_ask, kill=_kill, facts=facts)
+    return supervise(job.run_folder, attempts.command, max_restarts=max_restarts, reach=reach, facts=facts)
 
 
-def require_fit_hosts(job: HostsJob, check: NodeCheck) -> None:
-    """Look at all hosts at once: versions, clocks, devices, space, and that they see this very run folder.
+class _Attempts:
+    """The commands of one launch. port: free on the first host when it was looked at."""
 
-    Raises:
-        ConfigError: what is wrong, host by host.
-    """
-    folder = job.run_folder / "hosts_check" / time.strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
-    token = folder / "token"
-    token.write_text(f"{os.getpid()}-{time.time_ns()}\n", encoding="utf-8")
-    check = replace(check, token=(str(token), token.read_text(encoding="utf-8").strip()))
-    gpus = job.procs if job.gpus else 0
-    began = time.time()
+    def __init__(self, job: HostsJob, resume: str):
+        self.job, self.resume, self.first = job, resume, next_attempt(job.run_folder)
+        self.port = _port_of(job.run_name, self.first)
 
-    def ask(host: str) -> tuple[str, Report | None]:
-        own = folder / host  # hosts may think they all have one name
-        words = check_words(check, own, str(job.run_folder), gpus)
-        return _ask_host(ssh_command(job, host, words, check.timeout_s), own, check.timeout_s)
+    def numbered(self, attempt: int) -> HostsJob:
+        """The job of that attempt, at a port that the one before did not have."""
+        port = PORTS.start + (self.port - PORTS.start + 7 * (attempt - self.first)) % len(PORTS)
+        return replace(self.job, attempt=attempt, port=port)
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        answers = dict(zip(job.hosts, pool.map(ask, job.hosts), strict=True))
-    silent = [f"  {host}: {said}" for host, (said, report) in answers.items() if report is None]
-    reports = {host: report for host, (_, report) in answers.items() if report is not None}
-    bad = bad_nodes(reports, Asked(began, time.time(), check.max_clock_skew_s))
-    bad |= {host: why for host, report in reports.items() if host not in bad and (why := _lacks_torch(job, report))}
-    told = [*silent, *(f"  {host}: {why}" for host, why in bad.items())]
-    if told:
-        many = f"{len(told)} of {len(job.hosts)} hosts"
-        raise ConfigError(f"{many} cannot train; leave them out, or mend them:\n" + "\n".join(told))
-
-
-def _lacks_torch(job: HostsJob, report: Report) -> str:
-    if report.get("versions", {}).get("torch", "any") is not None:
-        return ""
-    return f"{job.python} has no torch there; name another interpreter by `python` in a cluster file"
-
-
-def _ask_host(command: list[str], folder: Path, timeout_s: float) -> tuple[str, Report | None]:
-    """(what went wrong, None), or ("", what the host says of itself)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    late = f"it did not answer within {timeout_s:g} s (node_check.timeout_s)"
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",  # whatever a login shell may print
-            timeout=timeout_s + _LIMIT_MARGIN_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return late, None
-    except OSError as error:
-        return f"{command[0]} cannot be started: {error.strerror}; is OpenSSH's client installed here?", None
-    written = sorted(folder.glob("*.json"))
-    if done.returncode == 0 and written:
-        return "", read_json(written[0])
-    said = " ".join(done.stderr.strip().splitlines()[-1:])[:300]
-    if done.returncode == 255:
-        return f"ssh cannot reach it ({said}); `ssh -o BatchMode=yes HOST true` must work without a password", None
-    if done.returncode in (124, 137):
-        return late, None
-    if done.returncode == 0:
-        return f"it does not share {folder} with this machine; put run.root on a file system that all hosts see", None
-    return f"its check ended with {done.returncode} ({said or 'it said nothing'})", None
+    def command(self, attempt: int, restart: bool) -> Command:
+        # The first start has made the run; `never` would refuse it on the second.
+        again = ("run.resume=auto",) if restart and self.resume == "never" else ()
+        job = self.numbered(attempt)
+        return fan_out(replace(job, overrides=(*job.overrides, *again)), sys.executable)
 
 
 def _cluster_of(request: Request) -> ClusterConfig | None:
@@ -198,6 +148,9 @@ def _prepare(request: Request, cluster: ClusterConfig | None) -> tuple[HostsJob,
     on_gpus = chosen != "cpu" and (gpus > 0 or None)
     if cluster is not None and on_gpus and procs > gpus:
         raise ConfigError(f"--procs {procs} needs {procs} GPUs per host, the cluster file says {gpus}")
+    require_groups(config, procs * len(request.hosts))
+    for said in size_warnings(config, procs * len(request.hosts), procs):
+        tell(f"warning: {said}")
     path = Path(request.config)
     ssh = ("ssh", "-F", str(request.ssh_config.absolute())) if request.ssh_config is not None else ("ssh",)
     job = HostsJob(

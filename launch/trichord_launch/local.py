@@ -10,9 +10,10 @@ from trichord.config.identity import inspect_run_folder, run_path
 from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
 from trichord_launch.command import TRAIN_ENTRY, Command, LocalJob, render, stop_timeout_s
+from trichord_launch.job_size import require_groups, size_warnings
 from trichord_launch.machine import require_fit, this_machine
 from trichord_launch.record import next_attempt
-from trichord_launch.supervise import supervise
+from trichord_launch.supervise import supervise, tell
 from trichord_launch.verdict import Verdict
 
 
@@ -29,7 +30,8 @@ def launch_local(
     config: file or name of a shipped config; overrides: `a.b=c`; procs: ranks, None: one per GPU, or one on the CPU.
 
     Raises:
-        ConfigError: the config is wrong, more processes than GPUs, or another launcher holds the run.
+        ConfigError: the config is wrong, more processes than GPUs, a number that groups do not divide, or another
+            launcher holds the run.
         CheckpointError: the config does not fit the run that stands in its folder.
     """
     folder, command_of = _prepare(config, overrides, procs, entry)
@@ -51,6 +53,9 @@ def _prepare(config: str, overrides: Sequence[str], procs: int | None, entry: Se
     if ranks < 1:
         raise ConfigError(f"--procs must be at least 1, got {ranks}")
     require_fit(ranks, machine)
+    require_groups(resolved, ranks)
+    for said in size_warnings(resolved, ranks, ranks):
+        tell(f"warning: {said}")
     folder = run_path(resolved)
 
     def command_of(attempt: int, restart: bool) -> Command:

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trichord.core.errors import ConfigError
+from trichord.core.errors import ConfigError, TrichordError
+
+EXIT_MACHINE = 69  # BSD's EX_UNAVAILABLE
+
+
+class MachineError(TrichordError):
+    """A machine cannot be reached, or is not fit to train; nothing was started."""
+
+    exit_code = EXIT_MACHINE
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Is this node fit to train? One task per node runs this before the ranks do, without torch and without the others.
 
     python -m trichord_launch.node_check OUT RUN_FOLDER --gpus N --disk-gib X --shm-gib X
-        [--gpu-gib X] [--commit] [--token FILE TEXT] [--see PATH ...] [--command LINE ...]
+        [--gpu-gib X] [--commit] [--port N] [--token FILE TEXT] [--see PATH ...] [--command LINE ...]
 
 Writes `OUT/NODE.json`: problems (empty: fit) and facts. The exit code is always 0: a node that fails its check is for
 others to judge (`node_problems.py`), not for srun.
@@ -27,6 +27,7 @@ from trichord.config.environment import git_state
 from trichord.core.status import write_atomically
 from trichord_launch.machine import count_devices, device_memory_gib
 from trichord_launch.node_problems import Problem
+from trichord_launch.ports import free_port, holder, is_free
 
 PACKAGES = ("trichord", "torch", "triton", "deepspeed", "transformers", "numpy")
 _COMMAND_TIMEOUT_S = 60.0
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         *(Problem("see", f"{path} is not there") for path in asked.see if not Path(path).exists()),
         *(problem for line in asked.command for problem in _command_problems(line)),
     ]
+    port = free_port(asked.port) if asked.port else None
+    problems += _port_problems(port) if port else []
     facts = {
         "node": node,
         "problems": [problem.to_json() for problem in problems],
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "devices": devices,
         "device_gib": round(min(memory), 1) if asked.gpus and memory else None,
         "seen": len(asked.see),
+        "port": port,
         "time": time.time(),
     }
     write_atomically(asked.out / f"{node}.json", json.dumps(facts, indent=2) + "\n")
@@ -71,6 +75,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shm-gib", type=float, required=True)
     parser.add_argument("--commit", action="store_true", help="Compare the commit of the code, too.")
     parser.add_argument("--token", nargs=2, metavar=("FILE", "TEXT"))
+    parser.add_argument("--port", type=int, help="Find a free one from this one on.")
     parser.add_argument("--see", action="append", default=[])
     parser.add_argument("--command", action="append", default=[])
     return parser.parse_args(argv)
@@ -123,6 +128,10 @@ def _token_problems(file: Path, text: str) -> list[Problem]:
     except OSError as error:
         return [Problem("shared folder", f"{file}: {error.strerror}, but it was written before the nodes were asked")]
     return [] if found == text else [Problem("shared folder", f"{file} holds {found[:40]!r}, not {text!r}")]
+
+
+def _port_problems(port: int) -> list[Problem]:
+    return [] if is_free(port) else [Problem("port", f"port {port} and those after it are in use{holder(port)}")]
 
 
 def _command_problems(line: str) -> list[Problem]:

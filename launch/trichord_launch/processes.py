@@ -1,4 +1,7 @@
-"""The processes of a job: its ranks, to be asked to stop, and what is left of it, to be ended. Reads /proc (Linux)."""
+"""The processes of a job: its ranks, to be asked to stop, and what is left of it, to be ended. Reads /proc (Linux).
+
+`python -m trichord_launch.processes ID GRACE_S` ends what is left of the launch of that id on this machine.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,3 +91,7 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+if __name__ == "__main__":
+    end_leftovers(sys.argv[1], float(sys.argv[2]))

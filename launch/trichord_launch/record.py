@@ -17,6 +17,10 @@ from trichord.core.status import Status, clear_rank_statuses, read_status, write
 from trichord_launch.command import Command
 from trichord_launch.verdict import Verdict, last_metrics_step
 
+OF_A_RUN = (
+    *("status.json", "config.yaml", "metrics.jsonl", "attempts", "checkpoints", "submissions", "preflight"),
+    *("hosts_check", ".launch.lock"),
+)
 STARTING = "starting"  # the reason in status.json until rank 0 has something to say
 
 
@@ -33,6 +37,11 @@ class PastAttempt:
     step: int
     crashed: bool
     lost: bool = False
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether anything that belongs to a run is in it."""
+    return any((folder / name).exists() for name in OF_A_RUN)
 
 
 def next_attempt(folder: Path) -> int:

@@ -24,6 +24,7 @@ from trichord_launch.command import TRAIN_ENTRY, stop_timeout_s
 from trichord_launch.control import require_free
 from trichord_launch.grid import Cell, expand_grid
 from trichord_launch.job import NODE_RUNNER, RANK_RUNNER, Budget, NodeCheck, SlurmJob
+from trichord_launch.job_size import require_groups, size_warnings
 from trichord_launch.script import Script, render_script
 from trichord_launch.snapshot import write_snapshot
 
@@ -139,21 +140,11 @@ def describe(submission: Submission, submitted: bool) -> str:
     lines += [f"  {job.run_name:<24} {job.run_folder}" for job in runs]
     if submission.links > 1:
         lines.append(f"a chain of {submission.links} jobs")
-    lines += [idle for config, job in submission.runs if (idle := _idle_ranks(config, job))]
+    for config, job in submission.runs:
+        lines += [f"warning: {said}" for said in size_warnings(config, job.ranks, job.ranks_per_node)]
     if submitted:
         return "\n".join([*lines, f"follow it with: trichord-launch status {first.run_folder}"])
     return "\n".join([*lines, "only shown; submit it with --submit"])
-
-
-def _idle_ranks(config: RunConfig, job: SlurmJob) -> str:
-    """What is said where ranks would have no row of the global batch to compute."""
-    rows = config.batches.rows_per_step
-    if job.ranks <= rows:
-        return ""
-    return (
-        f"warning: {job.run_name} has batches.rows_per_step {rows}, so {job.ranks - rows} of {job.ranks} ranks would "
-        "idle; take fewer nodes, or more rows per step"
-    )
 
 
 def _run_of(
@@ -166,6 +157,7 @@ def _run_of(
         added = [*cell.overrides, f"run.name={base.run.name}{cell.suffix}", f"tracking.wandb.group={group}"]
         config = load_run_config(request.config, [*request.overrides, *added])
     inspect_run_folder(config)
+    require_groups(config, request.nodes * cluster.gpus_per_node)
     place = run_path(config).absolute()
     return config, slurm_job(request, cluster, config, place, place / "submissions" / folder.name)
 

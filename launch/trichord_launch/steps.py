@@ -8,11 +8,11 @@ from pathlib import Path
 
 from trichord_launch.command import OWN_STORE, Command, rank_environment
 from trichord_launch.job import NodeCheck, SlurmJob
+from trichord_launch.ports import PORTS
 
 # Slurm signals every process of a step, and the ranks alone shall answer: torchrun would die of USR1 and kills ranks
 # that are slow to save after TERM. Ranks inherit this too, so that nothing is lost while they import; then they listen.
 DEAF = ("bash", "-c", 'trap "" USR1 TERM; exec "$@"', "_")
-PORTS = range(20000, 30000)  # below the ports that Linux hands out by itself
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from trichord.core.errors import ConfigError
 from trichord_launch.command import Command
 from trichord_launch.processes import LAUNCH_ID, ask_to_stop, die_with_launcher, end_leftovers
-from trichord_launch.record import begin_attempt, end_attempt, next_attempt
-from trichord_launch.verdict import Verdict, first_death, judge, why_not_restart
+from trichord_launch.record import begin_attempt, end_attempt, last_known_step, next_attempt
+from trichord_launch.verdict import Verdict, first_death, judge, lost_hosts, why_not_restart
 
 LOCK_FILE = ".launch.lock"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -40,6 +41,21 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How the machines of a job are reached; the defaults are for a job on this one.
+
+    prepare: looks at them before the first attempt, and may refuse; it ends early where a stop was received.
+    ask: asks the ranks to save and stop (the id of the command's process in, what to tell the user out); kill: ends it.
+    clear: before a restart, sees that nothing of the attempt is left on hosts that were lost; why not, or empty.
+    """
+
+    prepare: Callable[[StopSignals], None] = lambda _signals: None
+    ask: Callable[[int], str] = ask_local_ranks
+    kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill
+    clear: Callable[[int, Verdict, StopSignals], str] = lambda _attempt, _verdict, _signals: ""
+
+
 def supervise(
     folder: Path,
     command_of: CommandOf,
@@ -47,37 +63,47 @@ def supervise(
     max_restarts: int = 0,
     restart_pause_s: float = 2.0,
     leftover_grace_s: float = 5.0,
-    ask: Callable[[int], str] = ask_local_ranks,
-    kill: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
+    reach: Reach | None = None,
     facts: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = tell,
 ) -> Verdict:
     """Run attempts in run folder `folder` until one finishes, is stopped, or fails for good; return its verdict.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask the ranks to save and stop; a second Ctrl-C kills them.
-    ask: how the process of a command is asked (its id in, what to tell the user out); kill: how it is ended.
     facts: what `command.json` says beside the command.
 
     Raises:
         ConfigError: another launcher holds the run, or the folder cannot be written.
     """
     failures: list[Verdict] = []
+    reach = reach or Reach()
     with run_lock(folder), StopSignals() as signals:
+        reach.prepare(signals)
+        if signals.received:
+            return _never_started(folder, signals, say)
         while True:
             attempt = next_attempt(folder)
             command = command_of(attempt, bool(failures))
-            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, ask, kill, facts or {}, say)
-            if verdict.outcome != "failed":
+            verdict = _run_attempt(folder, attempt, command, signals, leftover_grace_s, reach, facts or {}, say)
+            lost = bool(verdict.hosts_lost) and not signals.received
+            if verdict.outcome == "finished" or (verdict.outcome == "stopped" and not lost):
                 return verdict
-            say(f"attempt {attempt} failed at step {verdict.step}: {verdict.reason}")
+            say(f"attempt {attempt} {verdict.outcome} at step {verdict.step}: {verdict.reason}")
             why = why_not_restart(verdict, failures, max_restarts, bool(signals.received))
-            if why is not None:
+            why = why or reach.clear(attempt, verdict, signals)
+            if why:
                 say(f"not started again: {why}")
                 return verdict
             failures.append(verdict)
             say(f"starting again from the last checkpoint ({len(failures)} of {max_restarts})")
             if signals.pause(restart_pause_s):
                 return verdict
+
+
+def _never_started(folder: Path, signals: StopSignals, say: Callable[[str], None]) -> Verdict:
+    number = signals.received[0]
+    say(f"{signal.Signals(number).name}: stopped before anything was started")
+    return Verdict("failed", 128 + number, last_known_step(folder), "stopped before anything was started")
 
 
 @contextlib.contextmanager
@@ -142,8 +168,7 @@ def _run_attempt(
     command: Command,
     signals: StopSignals,
     leftover_grace_s: float,
-    ask: Callable[[int], str],
-    kill: Callable[[subprocess.Popen], None],
+    reach: Reach,
     facts: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Verdict:
@@ -158,26 +183,39 @@ def _run_attempt(
         preexec_fn=die_with_launcher(),
     )
     try:
-        returncode = _wait(process, signals, ask, kill, say)
+        returncode = _wait(process, signals, reach, say)
     finally:
         if process.poll() is None:
-            kill(process)
+            reach.kill(process)
             process.wait()
         leftovers = end_leftovers(launch_id, 0.0 if signals.kill else leftover_grace_s)
     if leftovers:
         say(f"ended {len(leftovers)} processes that the job had left running")
-    died = first_death(record) or _death_of(command, returncode)
+    lost = lost_hosts(record)
+    died = first_death(record) or _told(lost) or _death_of(command, returncode)
     verdict = judge(folder, signals.received[0] if signals.received else None, died)
+    verdict = _with_lost(verdict, {} if signals.received else lost)
     seconds = round(time.monotonic() - started, 3)
     end_attempt(folder, attempt, verdict, {"torchrun_exit_code": returncode, "seconds": seconds})
     return verdict
 
 
+def _told(lost: Mapping[str, str]) -> str:
+    return "; ".join(f"{host}: {what}" for host, what in lost.items())
+
+
+def _with_lost(verdict: Verdict, lost: Mapping[str, str]) -> Verdict:
+    """Of ranks that saved because their launcher seemed gone, nobody else would say why, and what to do."""
+    if verdict.outcome != "stopped" or not lost:
+        return replace(verdict, hosts_lost=lost)
+    reason = f"{verdict.reason}, since {_told(lost)}; the same command goes on, with --max-restarts N by itself"
+    return replace(verdict, hosts_lost=lost, reason=reason)
+
+
 def _wait(
     process: subprocess.Popen,
     signals: StopSignals,
-    ask: Callable[[int], str],
-    kill: Callable[[subprocess.Popen], None],
+    reach: Reach,
     say: Callable[[str], None],
 ) -> int:
     """Wait for torchrun; pass the first signal on as save-and-stop, and kill on a second Ctrl-C."""
@@ -187,10 +225,10 @@ def _wait(
             return process.wait(timeout=0.1)
         if signals.received and not asked:
             asked = True
-            say(f"{signal.Signals(signals.received[0]).name}: {ask(process.pid)}")
+            say(f"{signal.Signals(signals.received[0]).name}: {reach.ask(process.pid)}")
         if signals.kill:
             say("Ctrl-C again: killing the job")
-            kill(process)
+            reach.kill(process)
             return process.wait()
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from trichord_launch import scheduler
 from trichord_launch.command import Command
 from trichord_launch.decide import taken_away
 from trichord_launch.record import STARTING, has_begun
-from trichord_launch.steps import PORTS
 from trichord_launch.supervise import StopSignals
 
 _POLL_S = 0.2
@@ -122,18 +120,6 @@ def clear_stale_locks(folder: Path) -> None:
     for lock in folder.rglob("lock"):
         with contextlib.suppress(OSError):
             shutil.rmtree(lock) if lock.is_dir() else lock.unlink()
-
-
-def free_port(first: int) -> int:
-    """The first port from `first` on, within `PORTS`, on which nobody listens on this machine."""
-    for offset in range(100):
-        port = PORTS.start + (first - PORTS.start + offset) % len(PORTS)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind(("", port))
-                return port
-    return first
 
 
 @contextlib.contextmanager

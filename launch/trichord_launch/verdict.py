@@ -17,18 +17,23 @@ from trichord.core.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_U
 from trichord.core.status import Status, read_rank_statuses, read_status
 
 NEVER_RESTARTED = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT)
+LOST_FILE = "lost.json"
 _TAIL_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of an attempt. step: the last one known to be done, -1 if none; ranks: what failing ranks said."""
+    """The outcome of an attempt. step: the last one known to be done, -1 if none; ranks: what failing ranks said.
+
+    hosts_lost: host -> what became of the connection to it, of a job over ssh.
+    """
 
     outcome: Literal["finished", "stopped", "failed"]
     exit_code: int
     step: int
     reason: str
     ranks: Mapping[int, Status] = field(default_factory=dict)
+    hosts_lost: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge(folder: Path, signal_number: int | None = None, died: str = "") -> Verdict:
@@ -73,6 +78,15 @@ def first_death(attempt_folder: Path) -> str:
         return f"rank {rank} died of {signal.Signals(-code).name}" if code < 0 else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
+
+
+def lost_hosts(attempt_folder: Path) -> dict[str, str]:
+    """Host -> what became of the connection to it; empty where none was lost, or there were none."""
+    try:
+        lost = json.loads((attempt_folder / "hosts" / LOST_FILE).read_text(encoding="utf-8"))
+        return {str(host): str(what) for host, what in lost.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 class Crash(Protocol):

@@ -5,12 +5,13 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from trichord.config.load import load_cluster
-from trichord.core.errors import ConfigError
+from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.status import Status, write_rank_status, write_status
 from trichord_launch.cli import app
 from trichord_launch.cluster_draft import read_partitions
@@ -166,6 +167,9 @@ def test_sinfo_is_read():
     assert found == [("a", 4, "", 32), ("b", 0, "", 8)]
 
 
+TRUNK = """\
+fusion: {trunk: {family: llama, hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 4, num_kv_heads: 4}}
+"""
 CLUSTER = "name: small\nnodes: 2\ngpus_per_node: 2\nslurm: {partition: gpu}\n"
 
 
@@ -216,6 +220,21 @@ def test_ranks_without_a_row_are_told(config, cluster):
     few = invoke("slurm", config, "batches.rows_per_step=3", "--cluster", cluster, "--nodes", 2)
     assert "rows_per_step 3, so 1 of 4 ranks would idle" in few.stderr
     assert "idle" not in invoke("slurm", config, "batches.rows_per_step=4", "--cluster", cluster, "--nodes", 2).stderr
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused_before_anything_starts(config, cluster, tmp_path, cpu):
+    text = Path(config).read_text().replace("fusion: {kind: none}", TRUNK)
+    Path(config).write_text(text + "engine: {sequence_parallel: 4}\n")
+    wrong = "engine.sequence_parallel 4 does not divide the 6 ranks of digits; start 4 or 8 ranks"
+    assert wrong in str(invoke("local", config, "--procs", 6, "--dry-run").exception)
+    cluster.write_text(CLUSTER.replace("gpus_per_node: 2", "gpus_per_node: 3"))
+    assert wrong in str(invoke("slurm", config, "--cluster", cluster, "--nodes", 2).exception)
+    told = invoke("slurm", config, "engine.sequence_parallel=2", "--cluster", cluster, "--nodes", 2).stderr
+    assert "sequence_parallel 2 does not divide the 3 ranks of a node" in told
+    assert "idle" not in told, "4 rows for 3 groups"
+    told = invoke("local", config, "--procs", 8, "batches.rows_per_step=1", "--dry-run").stderr
+    assert told.startswith("warning: digits has batches.rows_per_step 1 for groups of 4 ranks")
+    assert "so 4 of 8 ranks would idle" in told
 
 
 def test_a_cluster_file_cannot_be_drafted_without_slurm(monkeypatch):
@@ -328,8 +347,59 @@ def test_status_of_a_held_run_is_plain(run_folder):
         assert "outcome     running  (" in render_status(run_status(run_folder), now=110.0)
 
 
-def test_status_of_an_empty_folder(tmp_path):
-    assert "not started" in render_status(run_status(tmp_path))
+def test_status_of_a_run_that_was_only_looked_at(tmp_path):
+    (tmp_path / "preflight").mkdir()
+    assert "not started" in render_status(run_status(find_run(str(tmp_path))))
+
+
+def test_a_folder_that_is_no_run_is_told_by_every_verb(run_folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for verb in ("status", "logs", "cancel", "attach"):
+        assert "data is no run folder; a run's holds status.json, " in str(invoke(verb, tmp_path / "data").exception)
+    assert "runs is no run folder; runs in it: digits" in str(invoke("status", "runs").exception)
+    (tmp_path / "digits").mkdir()
+    assert find_run("digits") == Path("runs/digits"), "a folder of that name that is no run hides none"
+
+
+BROKEN = [
+    ("status.json", '{"outcome": "running", "exit_'),
+    ("status.json", '{"outcome": "running", "exit_code": 0, "step": "seven"}'),
+    ("status.json", '{"outcome": "running", "exit_code": 0, "step": 7, "time": null}'),
+    ("status.json", "[]"),
+    ("status.json", b"\xff\xfe"),
+    ("status.rank-1.json", ""),
+    ("status.rank-1.json", '{"outcome": "asleep", "exit_code": 1, "step": 7}'),
+    ("submissions/1/links.json", '{"job_ids": "7", "time": 1}'),
+    ("submissions/1/links.json", '{"job_ids": ["7"], "time": "now"}'),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), BROKEN)
+def test_a_file_somebody_broke_is_told_and_the_rest_is_shown(run_folder, name, text):
+    (run_folder / "submissions" / "1").mkdir(parents=True)
+    (run_folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = invoke("status", run_folder)
+    assert (result.exit_code, result.exception) == (0, None)
+    assert f"broken      {run_folder / name}" in result.stdout
+    assert "attempt 1   failed at step 25" in result.stdout
+    assert name in json.loads(invoke("status", run_folder, "--json").stdout)["broken"][0]
+    for verb in ("logs", "cancel", "attach"):
+        error = invoke(verb, run_folder).exception
+        assert error is None or isinstance(error, TrichordError), verb
+
+
+def test_facts_somebody_broke_are_left_out(run_folder, fake_slurm):
+    (run_folder / "status.rank-x.json").write_text("{}")
+    (run_folder / "metrics.jsonl").write_text('{"step": 25, "train/loss": 1.25}\n')
+    (run_folder / "attempts/1/verdict.json").write_text('{"outcome": "failed", "seconds": "long", "why": "so"}')
+    (run_folder / "attempts/2/command.json").write_text('{"nodes": 2, "ranks_per_node": 0}')
+    (run_folder / "submissions" / "1").mkdir(parents=True)
+    (run_folder / "submissions/1/links.json").write_text('{"job_ids": ["7"], "time": 1}')
+    said = invoke("status", run_folder).stdout
+    assert "train/loss 1.25  (step 25)" in said
+    assert "attempt 1   failed at step ?: ?; ?: so" in said
+    assert "no log of rank 5" in str(invoke("logs", run_folder, "--rank", 5).exception)
+    assert "does not say on which nodes the ranks are" in str(invoke("attach", run_folder).exception)
 
 
 def test_an_unknown_run_names_the_nearest(run_folder):

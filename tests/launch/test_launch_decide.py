@@ -16,9 +16,10 @@ from trichord_launch.machine import count_devices
 from trichord_launch.node_check import main, versions
 from trichord_launch.node_problems import Asked, bad_nodes
 from trichord_launch.nodes import too_many
+from trichord_launch.ports import free_port
 from trichord_launch.record import PastAttempt, begin_attempt, end_attempt, has_begun, past_attempts
 from trichord_launch.scheduler import end_time, parse_job
-from trichord_launch.training_step import clear_stale_locks, free_port
+from trichord_launch.training_step import clear_stale_locks
 from trichord_launch.verdict import Verdict, first_death
 
 FINISHED, STOPPED = Verdict("finished", 0, 40, "all steps done"), Verdict("stopped", 75, 20, "stopped by SIGUSR1")

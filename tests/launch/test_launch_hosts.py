@@ -3,25 +3,29 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from hosts_world import HOSTS, missing, start_sshd
 from typer.testing import CliRunner
 
+from hosts_world import HOSTS, missing, start_sshd
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
 from trichord_launch.cli import app
+from trichord_launch.control import cancel
 from trichord_launch.host_agent import Agent
-from trichord_launch.host_command import HostsJob, host_environment, ssh_command, train_commands
-from trichord_launch.hosts import Request, _ask_host, launch_hosts, read_hosts, show_hosts
+from trichord_launch.host_command import HostsJob, host_environment, launch_id, ssh_command, train_commands
+from trichord_launch.hosts import Request, _port_of, launch_hosts, read_hosts, show_hosts
+from trichord_launch.hosts_check import ask_host, clear_hosts
 from trichord_launch.job import NodeCheck
-from trichord_launch.machine import Machine
+from trichord_launch.machine import Machine, MachineError
+from trichord_launch.processes import LAUNCH_ID
 from trichord_launch.record import read_json
-from trichord_launch.supervise import run_lock
+from trichord_launch.supervise import StopSignals, is_held, run_lock
 
 HERE = Path(__file__).parent
 LIMIT_S = 90.0
@@ -100,14 +104,21 @@ def log(folder, host, attempt=1):
 
 @needs_ssh
 def test_a_run_finishes_and_each_host_has_its_log(world, ssh):
-    far = Far(world, ssh, "finish")
-    assert far.wait() == 0, far.said
+    """Somebody else has the port that the launcher would take first."""
+    port = _port_of("far", 1)
+    with socket.create_server(("", port)):
+        far = Far(world, ssh, "finish")
+        assert far.wait() == 0, far.said
     assert read_status(far.folder).outcome == "finished"
-    assert "rank 0 begins" in log(far.folder, HOSTS[0])
-    assert "rank 1 begins" in log(far.folder, HOSTS[1])
-    assert read_json(far.folder / "attempts" / "1" / "command.json")["ranks_per_node"] == 1, "`logs` asks for it"
+    told = "FROM_CLUSTER two words, FROM_SETUP yes"
+    assert f"rank 0 begins, {told}" in log(far.folder, HOSTS[0])
+    assert f"rank 1 begins, {told}" in log(far.folder, HOSTS[1])
     assert "rank 0 begins" in far.said
     assert "rank 1 begins" not in far.said, "only the first host is shown"
+    assert f"port {port} is in use on {HOSTS[0]}; ranks meet at" in far.said
+    facts = read_json(far.folder / "attempts" / "1" / "command.json")
+    assert f"{HOSTS[0]}:{port} " not in " ".join(facts["argv"])
+    assert facts["ranks_per_node"] == 1, "`logs` asks for it"
 
 
 @needs_ssh
@@ -150,10 +161,89 @@ def test_ranks_save_when_the_launcher_is_gone(world, ssh):
     assert [(far.folder / f"signals.{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
+def break_connection(host):
+    """As where a network drops it: the process of sshd that serves the agent of that host dies."""
+    agents = [path.parent for path in Path("/proc").glob("[0-9]*/cmdline") if is_agent(path, f"--local-addr {host} ")]
+    (agent,) = agents
+    os.kill(int((agent / "stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+
+
+def is_agent(path, word):
+    try:
+        words = path.read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return False
+    return (
+        " -m trichord_launch.host_agent " in words and word in words and "bash" not in words and "fan_out" not in words
+    )
+
+
+@needs_ssh
+def test_a_host_whose_connection_breaks_is_started_on_again_within_the_budget(world, ssh):
+    far = Far(world, ssh, "wait", max_restarts=1)
+    ranks = far.ready()
+    break_connection(HOSTS[1])
+    wait_for(lambda: not any(alive(pid) for pid in ranks))
+    assert [(far.folder / f"signals.{rank}").read_text() for rank in (0, 1)] == ["1", "1"], "all save, once"
+    for rank in (0, 1):
+        wait_for(lambda rank=rank: (far.folder / f"ready.{rank}").read_text().startswith("2 "))
+    assert read_json(far.folder / "attempts" / "1" / "verdict.json")["hosts_lost"].keys() == {HOSTS[1]}
+    break_connection(HOSTS[0])
+    assert far.wait() == 75, far.said
+    assert "attempt 1 stopped at step" in far.said
+    assert f"{HOSTS[1]}: the connection to it broke" in far.said
+    assert "starting again from the last checkpoint (1 of 1)" in far.said
+    assert f"{HOSTS[0]}: the connection to it broke" in far.said
+    assert "the same command goes on" in far.said
+
+
+@needs_ssh
+def test_nothing_is_left_on_a_host_that_was_lost_before_the_next_start(world, ssh, monkeypatch):
+    monkeypatch.setattr("trichord_launch.hosts_check._LEAVE_S", 0.2)
+    monkeypatch.setattr("trichord_launch.hosts_check._BACK_S", 0.0)
+    words = ("ssh", "-F", str(ssh.config))
+    job = HostsJob(world, "far", "c", (), (HOSTS[0], "127.0.0.9"), 1, 3, 20007, world, sys.executable, words)
+    left = {
+        host: subprocess.Popen(["sleep", "60"], env={**os.environ, LAUNCH_ID: launch_id(job, host)}) for host in HOSTS
+    }
+    assert clear_hosts(job, [HOSTS[0]], 30.0, StopSignals()) == ""
+    assert left[HOSTS[0]].wait(timeout=10) == -signal.SIGKILL
+    assert left[HOSTS[1]].poll() is None, "of another host"
+    left[HOSTS[1]].kill()
+    left[HOSTS[1]].wait()
+    told = clear_hosts(job, ["127.0.0.9"], 30.0, StopSignals())
+    assert "127.0.0.9: ssh cannot reach it" in told
+    assert "the same command goes on" in told
+
+
+@needs_ssh
+def test_setup_that_hangs_after_the_check_ends_the_start_with_its_host_named(world, ssh):
+    """The second time that setup runs on a host, it does not end."""
+    once = f"once={world}/$(echo $SSH_CONNECTION | cut -d' ' -f3); if test -e $once; then sleep 8; else touch $once; fi"
+    text = (world / "pair.yaml").read_text().replace("'export FROM_SETUP=yes'", f'"{once}"')
+    (world / "pair.yaml").write_text(text + "node_check: {timeout_s: 4}\n")
+    far = Far(world, ssh, "wait")
+    assert far.wait() == 1, far.said
+    assert f"{HOSTS[1]}: its modules and setup had not ended after 4 s (node_check.timeout_s)" in far.said
+    assert "the ranks died without a word" not in far.said
+
+
+@needs_ssh
+def test_a_stop_while_hosts_are_looked_at_is_said_and_starts_nothing(world, ssh):
+    (world / "pair.yaml").write_text((world / "pair.yaml").read_text().replace("export FROM_SETUP=yes", "sleep 8"))
+    far = Far(world, ssh, "finish")
+    wait_for(lambda: is_held(far.folder) and list(far.folder.glob("hosts_check/*/token")))
+    assert "asked to save and stop" in cancel(far.folder)
+    assert far.wait() == 128 + signal.SIGTERM
+    assert far.said == "SIGTERM: stopped before anything was started\n"
+    assert not (far.folder / "attempts").exists()
+    assert not is_held(far.folder)
+
+
 @needs_ssh
 def test_a_host_that_cannot_be_reached_is_named_and_nothing_starts(world, ssh):
     far = Far(world, ssh, "finish", hosts=(HOSTS[0], "127.0.0.9"))
-    assert far.wait() == 2
+    assert far.wait() == 69
     assert "1 of 2 hosts cannot train" in far.said
     assert "127.0.0.9: ssh cannot reach it" in far.said
     assert not (far.folder / "attempts").exists()
@@ -162,17 +252,10 @@ def test_a_host_that_cannot_be_reached_is_named_and_nothing_starts(world, ssh):
 @needs_ssh
 def test_a_host_that_is_not_fit_is_named(world, ssh):
     request = Request("run.yaml", HOSTS, cluster="pair.yaml", procs=1, ssh_config=ssh.config)
-    with pytest.raises(ConfigError, match=r"2 of 2 hosts cannot train.*\n  127.0.0.1: .*ended with 3"):
+    with pytest.raises(MachineError, match=r"2 of 2 hosts cannot train.*\n  127.0.0.1: .*ended with 3"):
         launch_hosts(request, check=NodeCheck(commands=("exit 3",)))
-    with pytest.raises(ConfigError, match=r"GiB free in .*1e[+]09 wanted"):
+    with pytest.raises(MachineError, match=r"GiB free in .*1e[+]09 wanted"):
         launch_hosts(request, check=NodeCheck(min_disk_free_gib=1e9))
-
-
-@needs_ssh
-def test_what_the_cluster_file_says_reaches_the_ranks(world, ssh):
-    far = Far(world, ssh, "finish")
-    assert far.wait() == 0, far.said
-    assert "rank 1 begins, FROM_CLUSTER two words, FROM_SETUP yes" in log(far.folder, HOSTS[1])
 
 
 def test_shown_first_and_nothing_is_written(world):
@@ -256,7 +339,7 @@ def test_a_check_that_never_ends_is_ended_on_the_host():
 
 
 def test_what_a_host_says_need_not_be_text(tmp_path):
-    said, report = _ask_host(["sh", "-c", "printf 'gr\\374ezi\\n' >&2; exit 3"], tmp_path / "n1", 30.0)
+    said, report = ask_host(["sh", "-c", "printf 'gr\\374ezi\\n' >&2; exit 3"], tmp_path / "n1", 30.0)
     assert said == "its check ended with 3 (gr\ufffdezi)"
     assert report is None
 
@@ -272,7 +355,7 @@ def test_hosts_may_have_gpus_where_the_launcher_has_none(world, monkeypatch):
 
 def test_hosts_are_read_on_when_nobody_looks_any_more(tmp_path):
     chatty = shlex.join([sys.executable, "-c", "print(('x' * 99 + '\\n') * 9999); open('end', 'w')"])
-    words = [sys.executable, "-m", "trichord_launch.fan_out", str(tmp_path / "logs"), "n1", chatty]
+    words = [sys.executable, "-m", "trichord_launch.fan_out", str(tmp_path / "logs"), "60", "60", "n1", chatty]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, cwd=tmp_path)
     process.stdout.close()
     assert process.wait(timeout=60) == 0
@@ -285,7 +368,7 @@ def test_ranks_stop_when_nothing_is_heard_of_the_launcher(monkeypatch):
     monkeypatch.setattr("trichord_launch.host_agent._SILENCE_S", 0.5)
     monkeypatch.setenv("TRICHORD_RANKS_PER_NODE", "1")
     began = time.monotonic()
-    assert Agent(["-c", "import time; time.sleep(50)"]).wait() == -signal.SIGTERM
+    assert Agent("id", ["-c", "import time; time.sleep(50)"]).wait() == -signal.SIGTERM
     assert time.monotonic() - began < 30
 
 
@@ -295,11 +378,24 @@ def test_a_run_that_is_held_is_refused_before_hosts_are_asked(world):
     assert not (world / "runs" / "far" / "hosts_check").exists()
 
 
+def test_ranks_that_would_idle_and_groups_over_two_hosts_are_told(world, capfd):
+    show_hosts(Request("run.yaml", HOSTS, ("batches.rows_per_step=2", "engine.sequence_parallel=2"), procs=3))
+    said = capfd.readouterr().err
+    assert "engine.sequence_parallel 2 does not divide the 3 ranks of a node" in said
+    assert "rows_per_step 2 for groups of 2 ranks (engine.sequence_parallel), so 2 of 6 ranks would idle" in said
+    show_hosts(Request("run.yaml", HOSTS, ("batches.rows_per_step=2", "engine.sequence_parallel=2"), procs=2))
+    assert capfd.readouterr().err == ""
+
+
 def test_options_that_do_not_fit(world):
     for request, match in [
         (Request("run.yaml", HOSTS, procs=0), "--procs must be at least 1"),
         (Request("run.yaml", HOSTS, ssh_config=Path("absent")), "no such file"),
         (Request("run.yaml", HOSTS, cluster="absent"), "absent"),
+        (
+            Request("run.yaml", HOSTS, ("engine.sequence_parallel=4",), procs=3),
+            r"4 does not divide the 6 ranks.*4 or 8",
+        ),
     ]:
         with pytest.raises(ConfigError, match=match):
             show_hosts(request)

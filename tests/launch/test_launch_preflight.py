@@ -32,6 +32,20 @@ def test_a_run_that_is_ready(ready):
     assert not ready.run_folder.exists(), "nothing stays on a login node"
 
 
+def test_ranks_that_do_not_fit_the_run_are_found(ready):
+    plan = ready.folder / "plan.json"
+    plan.write_text(json.dumps({"run": "words", "gpus": 6, "checkpoint": {"bytes": 1}}))
+    code, findings = ready.preflight("engine.sequence_parallel=4", "--plan", plan)
+    found = failed(findings)["ranks"]
+    assert (code, found["detail"]) == (2, "engine.sequence_parallel 4 does not divide the 6 ranks of words")
+    assert found["remedy"] == "start 4 or 8 ranks, or set it to a divisor of the ranks"
+    code, findings = ready.preflight("engine.sequence_parallel=2", "--plan", plan)
+    (warned,) = [finding for finding in findings if finding["check"] == "ranks"]
+    assert (code, warned["verdict"]) == (0, "warn")
+    assert warned["detail"].endswith("so 2 of 6 ranks would idle")
+    assert warned["remedy"] == "take fewer ranks, or more rows per step"
+
+
 def test_all_of_it_runs_without_torch(ready):
     words = ["preflight", str(ready.config), "--json"]
     done = subprocess.run([sys.executable, "-c", BLOCK, *words], capture_output=True, text=True, timeout=60)

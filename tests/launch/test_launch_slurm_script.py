@@ -11,9 +11,10 @@ from trichord.config.cluster import ClusterConfig
 from trichord.core.errors import ConfigError
 from trichord_launch.job import RANK_RUNNER, Budget, NodeCheck, SlurmJob, read_job
 from trichord_launch.node import threads_per_rank, torchrun_options
+from trichord_launch.ports import PORTS
 from trichord_launch.rank import rank_variables
 from trichord_launch.script import Script, render_script
-from trichord_launch.steps import PORTS, Start, check_step, port_of, train_step
+from trichord_launch.steps import Start, check_step, port_of, train_step
 
 CLUSTER = ClusterConfig.model_validate(
     {

@@ -14,13 +14,13 @@ from trichord.core.errors import TrichordError
 from trichord_launch import scheduler
 from trichord_launch.job import SlurmJob, read_job
 from trichord_launch.nodes import ask_nodes
+from trichord_launch.ports import free_port
 from trichord_launch.preflight.finding import Finding
 from trichord_launch.preflight.node_findings import links_findings, node_findings
 from trichord_launch.preflight.port import check_port
 from trichord_launch.preflight.slurm_nodes import write_result
 from trichord_launch.preflight.this_node import run_links
 from trichord_launch.steps import Start, port_of, train_step
-from trichord_launch.training_step import free_port
 
 
 def main() -> int:

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trichord.core.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_DONE, TrichordError
+from trichord_launch.machine import EXIT_MACHINE
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 Kind = Literal["config", "data", "checkpoint", "machine"]
 
-EXIT_MACHINE = 69  # this machine or a node is not fit (BSD's EX_UNAVAILABLE)
 _CODES: dict[Kind, int] = {
     "config": EXIT_CONFIG,
     "data": EXIT_DATA,

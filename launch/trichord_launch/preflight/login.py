@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 from trichord.core.errors import TrichordError
+from trichord_launch.job_size import require_groups, size_warnings
 from trichord_launch.preflight.checkpoint import check_checkpoint
 from trichord_launch.preflight.fetch import fetch
 from trichord_launch.preflight.finding import Finding, of_error
@@ -25,6 +26,7 @@ def check_login_node(loaded: Loaded) -> tuple[list[Finding], list[SourceFacts]]:
     """Findings in the order in which a run would meet what they speak of, and what is known of the shards."""
     config, request = loaded.config, loaded.request
     findings = [Finding("config", "pass", f"{request.config} is the run {config.run.name!r}"), *_plan(loaded)]
+    findings += _ranks(loaded)
     findings += _guarded("run folder", lambda: check_folders(config))
     findings += check_checkpoint(config)
     shards, sources = check_shards(config)
@@ -45,7 +47,7 @@ def _plan(loaded: Loaded) -> list[Finding]:
     plan, cluster, request = loaded.plan, loaded.cluster, loaded.request
     if plan is None:
         return []
-    ranks = request.node_count * cluster.gpus_per_node if cluster is not None and request.wants_nodes else request.procs
+    ranks = _asked_ranks(loaded)
     again = f"trichord plan {request.config} --gpus {ranks or plan.gpus} --save {plan.path.name}"
     if plan.run != loaded.config.run.name or (ranks is not None and ranks != plan.gpus):
         said = f"{plan.path} is of run {plan.run!r} on {plan.gpus} GPUs"
@@ -58,6 +60,30 @@ def _plan(loaded: Loaded) -> list[Finding]:
         remedy = "a higher engine.zero_stage, fewer batches.micro_rows, activation checkpointing, or more GPUs"
         return [Finding("plan", "fail", said, remedy, "config")]
     return [Finding("plan", "pass", said)]
+
+
+def _ranks(loaded: Loaded) -> list[Finding]:
+    """Whether groups divide the ranks, and each has a row; no line where their number is not known."""
+    asked = _asked_ranks(loaded)
+    ranks = asked or (loaded.plan.gpus if loaded.plan is not None else None)
+    if ranks is None:
+        return []
+    try:
+        require_groups(loaded.config, ranks)
+    except TrichordError as error:
+        return [of_error("ranks", error, "start a multiple of it")]
+    per_node = loaded.cluster.gpus_per_node if loaded.cluster is not None else ranks
+    warnings = [said.rpartition("; ") for said in size_warnings(loaded.config, ranks, per_node)]
+    rows = loaded.config.batches.rows_per_step
+    return [Finding("ranks", "warn", what, remedy, "config") for what, _, remedy in warnings] or [
+        Finding("ranks", "pass", f"{ranks}, with {rows} rows of each step to share")
+    ]
+
+
+def _asked_ranks(loaded: Loaded) -> int | None:
+    """Ranks of the nodes, or of this machine, that are to be looked at."""
+    request, cluster = loaded.request, loaded.cluster
+    return request.node_count * cluster.gpus_per_node if cluster is not None and request.wants_nodes else request.procs
 
 
 def _guarded(check: str, work: Callable[[], list[Finding]]) -> list[Finding]:

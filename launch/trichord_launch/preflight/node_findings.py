@@ -25,6 +25,7 @@ REMEDIES = {
     "see": "copy it to a file system that all nodes mount under the same path, or mount it there (container mounts)",
     "versions": "install the same on {nodes}: one environment on a shared file system, or one container image",
     "clock": "synchronise the clock of {nodes} (chrony, ntpd), or raise node_check.max_clock_skew_s",
+    "port": "end what listens there: `ss -tlnp` on {nodes}",
     "command": f"see what it says there, {_LEAVE_OUT}",
 }
 _SLOW = 0.5  # of the median pair, or of what the cluster file promises

@@ -24,6 +24,7 @@ Outcome = Literal["running", "finished", "stopped", "failed"]
 
 STATUS_FILE = "status.json"
 RANK_STATUS_GLOB = "status.rank-*.json"
+_KINDS = {"exit_code": int, "step": int, "reason": str, "attempt": int, "time": (int, float)}
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def read_status(folder: Path) -> Status | None:
 
 def read_rank_statuses(folder: Path) -> dict[int, Status]:
     """The statuses of all ranks that failed, by rank."""
-    paths = Path(folder).glob(RANK_STATUS_GLOB)
-    statuses = {int(path.stem.removeprefix("status.rank-")): _read(path) for path in paths}
+    paths = {path.stem.removeprefix("status.rank-"): path for path in Path(folder).glob(RANK_STATUS_GLOB)}
+    statuses = {int(rank): _read(path) for rank, path in paths.items() if rank.isdecimal()}
     return dict(sorted(statuses.items()))
 
 
@@ -129,6 +130,11 @@ def _read(path: Path) -> Status:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         status = Status(**{name: value for name, value in values.items() if name in names})
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(status, name), kinds):
+                raise TypeError(f"{name} is {getattr(status, name)!r}")
+    except OSError as error:
+        raise TrichordError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise TrichordError(f"{path} is no status file ({error}); move it away and start the run again") from error
     if status.outcome not in get_args(Outcome):
