@@ -19,7 +19,7 @@ from trichord.batches.loader import StepBatch, StepStats
 from trichord.checkpoints.load import LoadedState
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
-from trichord.core.errors import DataError, TrichordError
+from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.engine.label_losses import KINDS, loss_names
 from trichord.engine.param_groups import rates_of_rooms
@@ -63,6 +63,8 @@ class Progress:
     filtered_samples: int = 0
     skipped_in_a_row: int = 0
     empty_in_a_row: int = 0
+    rewinds: int = 0
+    rewound_to: int | None = None  # until a step is finite again
 
     @classmethod
     def after(cls, resumed: LoadedState | None) -> Progress:
@@ -75,10 +77,11 @@ class Progress:
         self.bad_samples += int(result.counts["bad_samples"])
         self.filtered_samples += int(result.counts["filtered"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        self.rewound_to = self.rewound_to if result.skipped else None
         self.empty_in_a_row = 0 if result.counts["samples"] else self.empty_in_a_row + 1
 
     def check(self, config: RunConfig, batch: StepBatch, result: StepResult, recorder: Recorder) -> None:
-        """Stop the run when too much data is bad, none is left, or too many steps were not finite; the same on all
+        """Stop the run when too much data is bad or none is left, and say which step was not finite; the same on all
         ranks."""
         check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
         if self.empty_in_a_row >= MAX_EMPTY_STEPS:
@@ -91,11 +94,10 @@ class Progress:
             suspects = suspects_of(result, batch)
             log.warning("step %d is skipped, its gradient is not finite: %s", self.step, suspects)
             recorder.event("skipped_step", self.step, **suspects)
-        if self.skipped_in_a_row >= config.engine.max_bad_steps:
-            raise TrichordError(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is {self.step}); "
-                "the weights are those before them. Lower engine.lr, or look at the samples named in events.jsonl"
-            )
+
+    def went_back(self, step: int) -> None:
+        """To the weights of a checkpoint, see `train.rewind`."""
+        self.rewinds, self.rewound_to, self.skipped_in_a_row = self.rewinds + 1, step, 0
 
 
 def suspects_of(result: StepResult, batch: StepBatch) -> dict[str, Any]:

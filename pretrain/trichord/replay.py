@@ -20,7 +20,7 @@ from trichord.assembly import build_loader, build_stepper, slot_layout, take_ini
 from trichord.batches.lane_reader import LaneReader
 from trichord.batches.loader import Loader, LoaderState, StepBatch
 from trichord.batches.packed_batch import PackedBatch
-from trichord.checkpoints.load import load_into
+from trichord.checkpoints.load import find_step, load_into
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
 from trichord.core.seed import derive_seed
@@ -30,7 +30,7 @@ from trichord.fusion.model import Trichord
 from trichord.objectives.combine import total_loss
 from trichord.provenance import Past, open_past, run_tokenizer
 from trichord.restore import build_from_config, training_lengths
-from trichord.tracking.metrics import merge_steps, read_metrics
+from trichord.tracking.metrics import merge_steps, read_events, read_metrics
 
 _RECORDED = ("train/loss", "train/grad_norm")
 _NO_COUNTS = {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0}
@@ -120,8 +120,10 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
     if past.checkpoint is not None:
         load_into(engine, past.checkpoint)
     stepper = build_stepper(config, engine, device, layout)
-    result = None
+    result, rewinds = None, rewinds_of(run)
     for number, batch in zip(range(first, step), loader):
+        if (back := rewinds.get(number)) is not None and number > first:
+            load_into(engine, find_step(run / "checkpoints", back))
         set_rates(engine, config.engine, number, config.run.max_steps or 0)
         result = stepper.run(batch.micro_batches, _NO_COUNTS)
         on_progress(number + 1 - first, step - first)
@@ -134,6 +136,17 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
         recorded_loss=recorded.get("train/loss"),
         recorded_grad_norm=recorded.get("train/grad_norm"),
     )
+
+
+def rewinds_of(run: Path) -> dict[int, int]:
+    """Step after which the run went back -> step of the checkpoint; without those of steps that were done again."""
+    found: dict[int, int] = {}
+    for event in read_events(run):
+        if event["kind"] == "start":
+            found = {step: back for step, back in found.items() if step <= event["step"]}
+        elif event["kind"] == "rewind":
+            found[event["step"]] = event["to_step"]
+    return found
 
 
 def _open_loader(run: Path, config: RunConfig, model: Trichord, state: LoaderState) -> Loader:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,19 @@ from trichord.assembly import build_loader, build_recorder, build_stepper, slot_
 from trichord.batches.loader import StepBatch
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.transfer import move_ahead
-from trichord.checkpoints.load import load_into
+from trichord.checkpoints.load import load_into, read_train_state
+from trichord.checkpoints.manifest import incomplete_reason, step_folders
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, TrichordError
 from trichord.core.log import configure_logging, get_logger
+from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
 from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
 from trichord.engine.partition import building_in, slices_of_run
+from trichord.engine.step import restart_loss_scale
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag
 from trichord.evaluate import OnTheWay
@@ -118,6 +122,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
     stopping = progress.step >= total_steps
     steps = move_ahead(iter(loader), device)
+    save_due = False
     watch.arm()
     while not stopping:
         recording.begin(progress.step)
@@ -128,9 +133,15 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         verdict.step = progress.step
         recording.step(progress, result, batch, lr=lr)
         progress.check(config, batch, result, recorder)
+        if progress.skipped_in_a_row >= config.engine.max_bad_steps:
+            with recording.aside("rewind"):
+                rewind(config, engine, progress, saver, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         on_the_way.after(progress.step, batch, stopped=result.counts["stop"] > 0)
-        if stopping or progress.step % config.checkpoints.save_every_steps == 0:
+        # Not among skipped steps: a rewind must get away from their weights, and older ones would be removed for them.
+        save_due = save_due or progress.step % config.checkpoints.save_every_steps == 0
+        if stopping or (save_due and not progress.skipped_in_a_row):
+            save_due = False
             stepper.clock.enter("save")
             recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
             saver.begin(engine, progress.step, train_state(config, progress, recorder), batch.state, recorder.newest)
@@ -153,6 +164,53 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     dist.destroy_process_group()
     finish_mirror(saver, folder)
     return code
+
+
+def rewind(config: RunConfig, engine: Any, progress: Progress, saver: CheckpointSaver, recorder: Recorder) -> None:
+    """Too many steps in a row were not finite: on with the weights, optimizer states, average and running statistics of
+    an earlier checkpoint. Step number and data go on, so that the data behind it is not met again. Called on all ranks.
+
+    Raises:
+        TrichordError: `engine.rewinds` are used up, or there is no checkpoint to go back to.
+    """
+    allowed = config.engine.rewinds
+    used_up, back = progress.rewinds >= allowed, None
+    if not used_up:
+        saver.finish()
+        record_saves(saver, recorder)
+        set_phase("rewind")
+        back = decide_on_rank_0(lambda: find_to_rewind(saver.folder, progress.rewound_to))
+    if back is None:
+        why = "there is no checkpoint to go back to" if not used_up else f"engine.rewinds ({allowed}) are used up"
+        raise TrichordError(
+            f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is "
+            f"{progress.step}); the weights are those before them{f', and {why}' if allowed else ''}. Lower engine.lr, "
+            "or look at the samples named in events.jsonl"
+        )
+    bad_steps = progress.skipped_in_a_row
+    progress.went_back(load_into(engine, back).step)
+    restart_loss_scale(engine)
+    log.warning(
+        "step %d: %d steps in a row were not finite; back to the weights of %s, on with the data of step %d (rewind %d "
+        "of %d)",
+        *(progress.step, bad_steps, back.name, progress.step + 1, progress.rewinds, allowed),
+    )
+    recorder.event("rewind", progress.step, to_step=progress.rewound_to, rewinds=progress.rewinds)
+
+
+def find_to_rewind(folder: Path, before: int | None) -> Path | None:
+    """The newest complete checkpoint of a run that was not saved among skipped steps, as the last of an attempt may be:
+    its weights are those that led there. before: older than this step, to whose weights no finite step has followed.
+
+    Raises:
+        CheckpointError: its train_state.json is damaged.
+    """
+    for step, path in reversed(step_folders(folder).items()):
+        if incomplete_reason(path) is not None or (before is not None and step >= before):
+            continue
+        if not read_train_state(path)["progress"]["skipped_in_a_row"]:
+            return path
+    return None
 
 
 def record_saves(saver: CheckpointSaver, recorder: Recorder) -> None:

@@ -310,16 +310,24 @@ def test_one_bad_step_is_skipped_with_its_samples_named_and_the_run_goes_on(data
     assert all(norms[step] == norms[step] for step in (1, 2, 4, 5, 6)), "finite again after the skipped step"
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_bad_steps_in_a_row_stop_the_run(data, tmp_path, stage):
-    overrides = (f"engine.zero_stage={stage}", "engine.max_bad_steps=2", "batches.micro_rows=2")
-    ended = run_with(data, tmp_path, 2, "not_finite", {"rank": 1, "steps": [2, 3, 4]}, *overrides)
+@pytest.mark.parametrize(
+    ("stage", "rewinds", "steps", "last", "why", "newest"),
+    [
+        (0, 0, [2, 3, 4], 4, "", 2),
+        (1, 2, [0, 1], 2, ", and there is no checkpoint to go back to", None),
+        (2, 1, [2, 3, 4, 5], 6, r", and engine.rewinds \(1\) are used up", 4),
+    ],
+)
+def test_bad_steps_in_a_row_stop_the_run(data, tmp_path, stage, rewinds, steps, last, why, newest):
+    overrides = (f"engine.zero_stage={stage}", "engine.max_bad_steps=2", f"engine.rewinds={rewinds}")
+    facts = {"rank": 1, "steps": steps}
+    ended = run_with(data, tmp_path, 2, "not_finite", facts, *overrides, "batches.micro_rows=2")
     assert ended.codes == {0: 1, 1: 1}
-    check_end(
-        ended, 1, r"2 steps in a row had a non-finite loss or gradient \(the last is 4\); the weights are those before"
-    )
-    assert [event["step"] for event in ended.events("skipped_step")] == [3, 4]
-    assert find_latest(ended.folder / "checkpoints").name == "step-000002"
+    said = rf"2 steps in a row had a non-finite loss or gradient \(the last is {last}\); the weights are those before"
+    check_end(ended, 1, rf"{said} them{why}\. Lower engine.lr")
+    assert [event["step"] for event in ended.events("skipped_step")][:2] == [steps[0] + 1, steps[1] + 1]
+    found = find_latest(ended.folder / "checkpoints")
+    assert (found and found.name) == (newest and f"step-{newest:06d}")
 
 
 # The same under torchrun, as the launcher starts it.

@@ -63,6 +63,7 @@ MAY_CHANGE_ON_RESUME = (
     "engine.nvme_path",
     "engine.hpz_ranks",
     "engine.max_bad_steps",
+    "engine.rewinds",
     "engine.timeout_s",
     "engine.heartbeat_timeout_s",
     "engine.stuck_after_s",

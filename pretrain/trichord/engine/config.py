@@ -82,7 +82,9 @@ class EngineConfig(Leaf):
     zero_init: bool = True
     """Stage 3 on several ranks: build the model in slices, so that no rank ever holds it whole."""
     max_bad_steps: int = Field(default=10, ge=1)
-    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    """Steps in a row with a non-finite loss or gradient after which the run goes back, or stops."""
+    rewinds: int = Field(default=0, ge=0)
+    """How often in a run: after `max_bad_steps`, go on with the weights of the newest checkpoint, past this data."""
     timeout_s: float = Field(default=1800.0, gt=0, le=LONGEST_TIMEOUT_S)
     """Limit of any collective, applied to every process group."""
     heartbeat_timeout_s: float = Field(default=20.0, ge=3.0, le=LONGEST_TIMEOUT_S)

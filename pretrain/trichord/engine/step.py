@@ -175,3 +175,10 @@ class Stepper:
             return norm, True
         self.engine.step()
         return norm, False
+
+
+def restart_loss_scale(engine: Any) -> None:
+    """fp16: the scale that skipped steps have lowered is what a process begins with. Others have none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is not None and scaler.dynamic:
+        scaler.__init__(dtype=scaler.dtype, **engine.dynamic_loss_scale_args())

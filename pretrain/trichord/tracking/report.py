@@ -24,7 +24,7 @@ _PREVIEW_STEPS = 3
 # Events that a reader looks for, by how they are marked.
 _EVENT_LOOKS = {
     **dict.fromkeys(("fault", "checkpoint_failed"), "failed"),
-    **dict.fromkeys(("skipped_step", "slow"), "stopped"),
+    **dict.fromkeys(("skipped_step", "rewind", "slow"), "stopped"),
     **dict.fromkeys(("checkpoint", "mirror"), "finished"),
     **dict.fromkeys(("start", "end"), "running"),
 }
