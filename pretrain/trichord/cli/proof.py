@@ -84,6 +84,7 @@ def selftest_resume(
     procs: Procs = 2,
     other_procs: Annotated[int, typer.Option(min=1, help="Processes of the other split.")] = 1,
     other_stage: Annotated[int | None, typer.Option(min=0, max=3, help="Its ZeRO stage; default: the same.")] = None,
+    other_shared: Annotated[int, typer.Option(min=1, help="Its engine.sequence_parallel.")] = 1,
     work: Work = None,
     json_file: JsonFile = None,
 ) -> int:
@@ -94,7 +95,7 @@ def selftest_resume(
 
     def cases(trial):
         stage = trial.split.stage if other_stage is None else other_stage
-        return resume_cases(trial, replace(trial.split, procs=other_procs, stage=stage)), None
+        return resume_cases(trial, replace(trial.split, procs=other_procs, stage=stage, shared=other_shared)), None
 
     return _try_training(config, overrides, steps, procs, work, json_file, cases)
 

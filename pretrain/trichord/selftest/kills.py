@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from trichord.config.run import RunConfig
 from trichord.core.seed import derive_seed
 from trichord.selftest.epochs import EpochsRead
 from trichord.selftest.processes import WAIT_LIMIT_S, Moment
@@ -151,16 +152,41 @@ def _moment(trial: Trial, run: Path, kind: str, share: float, rng: random.Random
 
 
 def random_split(trial: Trial, rng: random.Random) -> Split:
-    """Another world size or stage, and 0 to 2 workers; stages that the precision does not allow are left out."""
+    """Another world size, stage or sharing of rows, and 0 to 2 workers; stages that the precision does not allow are
+    left out."""
     stages = (0, 1, 2, 3) if trial.config.engine.precision in ("fp32", "autocast_bf16") else (1, 2, 3)
     if trial.config.engine.offload == "all":
         stages = (3,)
     elif trial.config.engine.offload == "optimizer":
         stages = (1, 2, 3)
-    others = [Split(procs, stage) for procs in range(1, trial.split.procs + 2) for stage in stages]
-    mine = (trial.split.procs, trial.split.stage)
-    other = rng.choice([split for split in others if (split.procs, split.stage) != mine])
+    others = [
+        Split(procs, stage, shared=shared)
+        for procs in range(1, trial.split.procs + 2)
+        for shared in ways_to_share(trial.config, procs)
+        for stage in stages
+    ]
+    other = rng.choice([split for split in others if split != replace(trial.split, workers=0)])
     return replace(other, workers=rng.randint(0, MAX_WORKERS))
+
+
+def ways_to_share(config: RunConfig, procs: int) -> list[int]:
+    """How many of `procs` ranks may share each row (`engine.sequence_parallel`): 1, what the config has itself, and all
+    else that fits the tokens of a micro-step and the trunk's heads, where the config tells these."""
+    trunk, own = config.fusion.trunk, config.engine.sequence_parallel
+    tokens = config.batches.micro_rows * config.batches.row_tokens
+    told = trunk is not None and trunk.weights is None and not config.engine.compile
+
+    def fits(size: int) -> bool:
+        if size in (1, own):
+            return True
+        return told and tokens % size == 0 and _heads_divide(trunk.num_heads, trunk.num_kv_heads, size)
+
+    return [size for size in range(1, procs + 1) if procs % size == 0 and fits(size)]
+
+
+def _heads_divide(heads: int, key_heads: int, size: int) -> bool:
+    """As `engine.sequence` asks it of the model."""
+    return heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0)
 
 
 def to_json(trial: Trial, cases: Sequence[Case], epochs: EpochsRead | None = None) -> dict[str, Any]:

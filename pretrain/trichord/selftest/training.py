@@ -4,7 +4,8 @@
     killed, same     kill -9, then on with split A          equal bit for bit: losses, weights, optimizer states
     killed, other    kill -9, then on with another split    the same samples; losses to rounding
 
-A split is world size, ZeRO stage and data workers (and threads): another one adds up gradients in another order.
+A split is world size, ZeRO stage, data workers (and threads), and how many ranks share a row: another one adds up
+gradients in another order.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ _COMPARED = ("train/loss", "train/grad_norm")
 
 @dataclass(frozen=True)
 class Split:
-    """procs: ranks; stage: ZeRO's; workers: processes per rank that decode."""
+    """procs: ranks; stage: ZeRO's; workers: processes per rank that decode; shared: ranks that share each row."""
 
     procs: int
     stage: int
     workers: int = 0
+    shared: int = 1
 
     def __str__(self) -> str:
-        return f"{self.procs} ranks, stage {self.stage}, {self.workers} workers"
+        together = f", rows shared by {self.shared}" if self.shared > 1 else ""
+        return f"{self.procs} ranks, stage {self.stage}, {self.workers} workers{together}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Trial:
         if procs < 1:
             raise ConfigError(f"--procs: expected at least 1, got {procs}")
         self.config: RunConfig = load_run_config(config, overrides)
-        self.split = Split(procs, self.config.engine.zero_stage, self.config.batches.num_workers)
+        engine = self.config.engine
+        self.split = Split(procs, engine.zero_stage, self.config.batches.num_workers, engine.sequence_parallel)
         self.steps = steps
         self.every = max(1, steps // 5)
         self.folder = folder
@@ -130,6 +134,7 @@ class Trial:
             "run.resume=auto",
             f"run.max_steps={self.steps}",
             f"engine.zero_stage={split.stage}",
+            f"engine.sequence_parallel={split.shared}",
             f"batches.num_workers={split.workers}",
             f"checkpoints.save_every_steps={self.every}",
             "tracking.log_every_steps=1",
