@@ -15,18 +15,22 @@ from trichord.selftest.training import Split, Spread, Trial
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
+TRUNK = "{family: llama, hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1}"
+LANGUAGE = (f"fusion={{kind: interleave, trunk: {TRUNK}}}", "objectives.next_token={}")  # its rows can be shared
+
+
 @pytest.fixture(scope="module")
 def trial(tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("selftest")
     shutil.copytree(tiny_world, folder / "world")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "world")
-        yield Trial("c.yaml", [], folder / "runs", steps=6, procs=2)
+        yield Trial("c.yaml", LANGUAGE, folder / "runs", steps=6, procs=2)
 
 
 def test_killed_runs_go_on_as_if_nothing_had_been(trial, monkeypatch):
     monkeypatch.chdir(trial.folder.parent / "world")
-    same, other = resume_cases(trial, Split(1, 2))
+    same, other = resume_cases(trial, Split(2, 2, shared=2))
     assert (same.faults, other.faults) == ((), ())
     assert (same.state_equal, same.largest_difference, other.state_equal) == (True, 0.0, None)
     assert 0 < same.resumed_from < 6
@@ -78,7 +82,7 @@ def test_other_splits_differ_and_are_allowed(trial):
     assert other.workers == 2
     assert trial.split not in rng.options
     assert {split.stage for split in rng.options} == {0, 1, 2, 3}
-    assert {split.procs for split in rng.options} == {1, 2, 3}
+    assert {(split.procs, split.shared) for split in rng.options} == {(1, 1), (2, 1), (2, 2), (3, 1)}
 
 
 def test_a_run_that_was_done_when_it_was_killed_is_killed_again_sooner(tmp_path):
