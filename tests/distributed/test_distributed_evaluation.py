@@ -80,12 +80,19 @@ def run(data: Path, root: Path, stage: int, evaluated: bool, *more: str) -> Path
     return root / "tiny"
 
 
+@pytest.fixture(scope="module")
+def at_stage_3(data, tmp_path_factory):
+    """With evaluation."""
+    return run(data, tmp_path_factory.mktemp("stage3"), 3, True)
+
+
 @pytest.fixture(scope="module", params=[2, 3])
-def pair(request, data, tmp_path_factory):
+def pair(request, data, at_stage_3, tmp_path_factory):
     """Stage, and folders of the run without and with evaluation; at stage 2 that of the average of the weights."""
-    root, stage = tmp_path_factory.mktemp(f"stage{request.param}"), request.param
+    root, stage = tmp_path_factory.mktemp("pair"), request.param
     average = ("engine.ema_decay=0.5",) if stage == 2 else ()
-    return stage, *(run(data, root / str(evaluated), stage, evaluated, *average) for evaluated in (False, True))
+    plain = run(data, root / "plain", stage, False, *average)
+    return stage, plain, at_stage_3 if stage == 3 else run(data, root / "evaluated", stage, True, *average)
 
 
 def test_the_training_does_not_notice(pair):
@@ -149,6 +156,37 @@ def test_samples_of_a_step_are_kept_with_what_the_model_says(pair):
                 assert file.getnframes() >= 1600
     assert any(line["images"] for line in lines)
     assert any(line["clips"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "limit"),
+    [
+        (0, (), 1e-5),
+        (1, (), 1e-5),
+        (1, ("engine.precision=bf16",), 5e-2),
+        (3, ("engine.sequence_parallel=2",), 1e-5),
+    ],
+    ids=["stage 0", "stage 1", "bf16", "rows shared"],
+)
+def test_stage_precision_and_shared_rows_change_no_figure(at_stage_3, data, tmp_path, stage, more, limit):
+    """Ranks that share rows in training have batches of their own in an evaluation. Limits are relative."""
+    folder = run(data, tmp_path, stage, True, *more)
+    for ours, theirs in zip(*(merge_steps(read_metrics(of)) for of in (folder, at_stage_3)), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=limit)
+        names = {name for name in theirs if name.startswith("eval/") and name != "eval/time_s"}
+        assert bool(names) == (theirs["step"] % EVERY == 0)
+        if "engine.precision=bf16" in more:  # among neighbours as near as rounding, another may be the nearest
+            names = {name for name in names if "/retrieval/" not in name}
+        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=limit)
+    ours, theirs = (
+        {(line["step"], line["source"], line["epoch"], line["sample"]): line for line in read_previews(of)}
+        for of in (folder, at_stage_3)
+    )
+    common = ours.keys() & theirs.keys()  # ranks that share rows show those of both
+    assert {step for step, *_ in common} == {4, 8}
+    if limit == 1e-5:
+        for name in ("given", "wanted", "predicted", "right_frac"):
+            assert {key: ours[key][name] for key in common} == {key: theirs[key][name] for key in common}
 
 
 @pytest.mark.parametrize(
