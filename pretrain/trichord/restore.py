@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import ItemLengths
-from trichord.checkpoints.doctor import ExpectedModel
+from trichord.checkpoints.contents import ExpectedModel
 from trichord.checkpoints.load import check_shapes, load_weights, read_train_state, resolve_checkpoint
 from trichord.checkpoints.manifest import TRAIN_STATE_FILE, read_json
 from trichord.config.run import RunConfig

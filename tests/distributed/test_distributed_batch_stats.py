@@ -1,6 +1,7 @@
 """ResNet towers on several ranks: statistics of all ranks' real images, buffers equal everywhere and in checkpoints."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ from test_distributed_checkpoint import loader_state
 
 from trichord.checkpoints import load, state
 from trichord.checkpoints.config import CheckpointsConfig
+from trichord.checkpoints.contents import ExpectedModel
+from trichord.checkpoints.doctor import examine
 from trichord.checkpoints.load import find_latest, load_into, load_weights
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.checkpoints.slices import SliceReader
 from trichord.encoders.config import VisionConfig
 from trichord.engine import build
 from trichord.engine.config import EngineConfig
-from trichord.layers.stored import stored_buffers
+from trichord.fusion.model import param_room
+from trichord.layers.stored import stored_buffers, stored_tensors
 from trichord.objectives.config import ObjectivesConfig
 
 pytestmark = pytest.mark.distributed
@@ -140,7 +144,7 @@ def load_and_train(folder: str, stage: int, micro_rows: int) -> tuple:
 
 
 @pytest.mark.parametrize(("stage", "other"), [(3, 1), pytest.param(0, 2, marks=pytest.mark.slow)])
-def test_a_checkpoint_holds_the_buffers_once_and_a_run_goes_on_from_it_bit_for_bit(tmp_path, stage, other):
+def test_a_checkpoint_holds_the_buffers_once_and_a_run_goes_on_from_it_bit_for_bit(tmp_path, monkeypatch, stage, other):
     written = run_ranks(2, train_and_save, str(tmp_path), stage)
     assert run_ranks(2, load_and_train, str(tmp_path), stage, 4) == written
     kept, later, _ = run_ranks(1, load_and_train, str(tmp_path), other, 8)[0]
@@ -151,6 +155,22 @@ def test_a_checkpoint_holds_the_buffers_once_and_a_run_goes_on_from_it_bit_for_b
     name = "vision.backbone.bn1.running_var"
     assert reader.index["slices"][name] == {"param": [[0, 64, "rank-00000.safetensors"]]}
     assert load_weights(folder)[name].min() > 0
+    monkeypatch.setattr(tiny, "ENCODERS", tiny.ENCODERS)  # as it was, afterwards
+    take_resnet()
+    judge_statistics(folder, name)
+
+
+def judge_statistics(folder: Path, name: str) -> None:
+    """The doctor counts stored buffers as parts of the model, whole and when one is gone."""
+    model = {name: tuple(tensor.shape) for name, tensor in stored_tensors(tiny.build_tiny()).items()}
+    found = {finding.check: finding for finding in examine(folder, ExpectedModel(model, param_room))}
+    assert {check for check, finding in found.items() if finding.verdict != "pass"} == {"training state"}, "no run's"
+    index = json.loads((folder / "index.json").read_text())
+    del index["params"][name], index["slices"][name]
+    (folder / "index.json").write_text(json.dumps(index))
+    found = {finding.check: finding for finding in examine(folder, ExpectedModel(model, param_room))}
+    assert found["keys of vision"].detail.endswith(f"missing: {name}")
+    assert f"{name}:param in rank-00000.safetensors is in no index" in found["slices"].detail
 
 
 def test_a_checkpoint_from_before_buffers_were_stored_still_loads(tmp_path):

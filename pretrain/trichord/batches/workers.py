@@ -2,8 +2,7 @@
 
     planner process --planned steps--> this process --rows to decode--> decode workers --arrays--> this process
 
-All arrays of a row travel in a slot of shared memory that is used again and again (batches/slots.py), or, where it is
-too large or none is free, in a block of its own; nothing large goes through a pipe.
+Decoded rows travel in shared memory (batches/parcels.py), nothing large goes through a pipe.
 Rows to decode are pickled once, by the planner, and passed on as bytes.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
-import math
 import os
 import pickle
 import re
@@ -26,21 +24,18 @@ from functools import partial
 from multiprocessing.util import Finalize
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from trichord.batches.decoding import DecodedRow, RowDecoder
-from trichord.batches.rows import RowArrays
+from trichord.batches.parcels import Parcel, pack_parcel, unpack_parcel
 from trichord.batches.slots import RowSlots
 from trichord.batches.step_planner import PlannedStep, StepPlanner
-from trichord.batches.windows import LeftOut
 from trichord.core.errors import TrichordError
 from trichord.core.log import DUMP_SIGNAL, log_stream
 from trichord.core.phase import PhaseBoard, current_phase, set_phase, worker_phases
 from trichord.core.processes import die_with_parent
 
-_ALIGNMENT = 64
 _CLOSE_SECONDS = 5.0
 _GC_THRESHOLD = 50_000
 """New objects between two looks for garbage. Python's 700 are made every 15 samples of a window, and all are kept."""
@@ -49,17 +44,6 @@ _LESS_MEMORY = (
 )
 _PIDS = re.compile(r"pid\D*((?:\d+,? ?)+)")
 _IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A decoded row on its way. places: by name of the array, (offset, shape, dtype, whether it was in pieces) in
-    `memory`: a slot's number, or a block."""
-
-    places: dict[str, tuple[int, tuple[int, ...], str, bool]]
-    size: int
-    memory: int | torch.Tensor
-    bad: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
@@ -76,36 +60,6 @@ def out_of_memory(error: MemoryError) -> WorkerFault:
     return WorkerFault(
         TrichordError, f"a process of the loader ran out of host memory ({current_phase()}): {said}; {_LESS_MEMORY}"
     )
-
-
-def pack_parcel(row: DecodedRow, slots: RowSlots, slot: int | None) -> Parcel:
-    """Copy the arrays of a row into the slot, or into a block where there is none or it is too small."""
-    places, copies, size = {}, [], 0
-    for name, value in vars(row.arrays).items():
-        pieces = value if isinstance(value, tuple) else (value,)
-        first = pieces[0]
-        shape = (sum(map(len, pieces)), *first.shape[1:])
-        end = size + math.prod(shape) * first.itemsize
-        places[name] = (size, shape, first.dtype.str, isinstance(value, tuple))
-        copies.append((size, end, shape, pieces))
-        size = -(-end // _ALIGNMENT) * _ALIGNMENT
-    memory = torch.empty(size, dtype=torch.uint8) if slot is None or size > slots.slot_bytes else slot
-    view = slots.view(memory, size) if isinstance(memory, int) else memory.numpy()
-    for offset, end, shape, pieces in copies:
-        np.concatenate(pieces, out=view[offset:end].view(pieces[0].dtype).reshape(shape))
-    return Parcel(places, size, memory, row.bad)
-
-
-def unpack_parcel(parcel: Parcel, slots: RowSlots) -> DecodedRow:
-    """The row again; its arrays are views of the slot, which is lent to them, or of the block."""
-    memory = parcel.memory
-    view = slots.lend(memory, parcel.size) if isinstance(memory, int) else memory.numpy()
-    arrays = {}
-    for name, (offset, shape, dtype, in_pieces) in parcel.places.items():
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        array = view[offset : offset + size].view(dtype).reshape(shape)
-        arrays[name] = (array,) if in_pieces else array
-    return DecodedRow(RowArrays(**arrays), parcel.bad)
 
 
 class _StepStream(IterableDataset):

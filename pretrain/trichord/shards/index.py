@@ -8,7 +8,6 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -17,11 +16,11 @@ from trichord.core.log import get_logger
 from trichord.core.processes import die_with_parent
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig, StorageConfig
-from trichord.shards.entries import KINDS, FieldMap, Measures, SampleEntry, Sibling, make_entry
+from trichord.shards.entries import FieldMap, Measures, SampleEntry, Sibling, make_entry
+from trichord.shards.gathering import GatheredSample, gather_samples, kinds_by_ext
 from trichord.shards.locations import is_remote
-from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, split_name, walk_members
+from trichord.shards.members import MemberRef, WalkReport, split_name, walk_members
 from trichord.shards.patience import settings
-from trichord.shards.probes import Kind, Measure, measure
 from trichord.shards.sidecars import LenHeader
 from trichord.shards.storage import configure_storage, open_shard, shard_identity, with_retries
 
@@ -136,13 +135,13 @@ def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
         DataError: the shard cannot be read, is compressed or no tar, or the sidecars cannot be written.
     """
     identity = shard_identity(url)
-    kinds = _kinds_by_ext(fields or FieldsConfig())
+    kinds = kinds_by_ext(fields or FieldsConfig())
 
-    def walk() -> tuple[list[_Gathered], WalkReport]:
+    def walk() -> tuple[list[GatheredSample], WalkReport]:
         report = WalkReport()
         with open_shard(url) as file:
             size = file.seek(0, os.SEEK_END)  # of what is read: of a tar.gz, the unpacked one
-            return _gather(walk_members(file, size, url, report), kinds, report), report
+            return gather_samples(walk_members(file, size, url, report), kinds, report), report
 
     samples, report = with_retries(walk, f"indexing shard {url}")
     idx = f"{sidecars.IDX_VERSION} {len(samples)}\n" + "".join(sidecars.idx_line(sample.members) for sample in samples)
@@ -163,59 +162,6 @@ def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
     lengths = header.to_line().encode() + body
     sidecars.write_sidecars(url, idx_bytes, lengths)
     return ShardIndex(url, header, idx_bytes, lengths)
-
-
-@dataclass
-class _Gathered:
-    """One sample while its shard is walked: members with the extension as written, measures by (kind, ext).
-
-    numbered: measures by extension and kind of members that only the last part of their extension maps (`0.jpg`): as
-    columns they would be as many as the longest chat has pictures, and empty in most lines.
-    """
-
-    key: str
-    members: list[tuple[str, MemberRef]] = field(default_factory=list)
-    measures: dict[tuple[str, str], Measure] = field(default_factory=dict)
-    numbered: dict[str, dict[Kind, Measure]] = field(default_factory=dict)
-    problem: str | None = None
-
-    def add(self, found: FoundMember, kinds: dict[str, list[Kind]]) -> None:
-        ext = found.ref.ext
-        if self.problem is None and any(ref.ext == ext for _, ref in self.members):
-            self.problem = f"two members with extension {ext!r}, the second is {found.ref.name!r}"
-        self.members.append((found.raw_ext, found.ref))
-        exact = kinds.get(ext, ())
-        for kind in () if is_unsafe(ext) else dict.fromkeys((*exact, *kinds.get(ext.rpartition(".")[2], ()))):
-            found.file.seek(0)
-            value = measure(kind, found.file, found.ref.size)
-            if kind in exact:
-                self.measures[kind, ext] = value
-            else:
-                self.numbered.setdefault(ext, {})[kind] = value
-
-    def len_line(self, columns: Sequence[tuple[str, str]]) -> str:
-        names = sidecars.exact_names([ref for _, ref in self.members])
-        extra: dict[str, Any] = {} if self.problem is None else {"problem": self.problem}
-        if self.numbered:
-            extra["numbered"] = self.numbered
-        if names is not None:
-            extra["names"] = names
-        return sidecars.len_line([self.measures.get(pair) for pair in columns], extra)
-
-
-def _gather(walk, kinds: dict[str, list[Kind]], report: WalkReport) -> list[_Gathered]:
-    """Neighbouring members with one key are a sample (webdataset's rule)."""
-    samples: list[_Gathered] = []
-    for found in walk:
-        if not samples or samples[-1].key != found.key:
-            samples.append(_Gathered(found.key))
-        samples[-1].add(found, kinds)
-    if report.damage is not None and (samples or report.cut_key is not None):
-        # Where the tar breaks off, its last sample is whole only if a member of another sample has begun after it.
-        whole = report.cut_key is not None and (not samples or samples[-1].key != report.cut_key)
-        dropped = report.cut_key if whole else samples.pop().key
-        report.damage += f"; sample {dropped!r} is left out, the {len(samples)} whole samples before it are used"
-    return samples
 
 
 def load_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
@@ -319,24 +265,13 @@ def _fresh(
 ) -> tuple[str, LenHeader] | None:
     """Place and header of sidecars that describe the shard as it is now and cover the mapped extensions."""
     identity = identity or shard_identity(url)
-    wanted = {(kind, ext) for ext, kinds in _kinds_by_ext(fields or FieldsConfig()).items() for kind in kinds}
+    wanted = {(kind, ext) for ext, kinds in kinds_by_ext(fields or FieldsConfig()).items() for kind in kinds}
     places = sidecars.sidecar_places(url)
     for place in reversed(places) if is_remote(url) else places:  # a remote one is asked only where there is none here
         header = sidecars.read_header(place)
         if header is not None and header.shard == identity and wanted <= set(header.covered):
             return place, header
     return None
-
-
-def _kinds_by_ext(fields: FieldsConfig) -> dict[str, list[Kind]]:
-    """What to measure of a member: the kinds its extension is mapped to, by `fields` or by default."""
-    kinds: dict[str, list[Kind]] = {}
-    for config in (fields, FieldsConfig()):
-        for kind in KINDS:
-            for ext in getattr(config, kind):
-                if kind not in kinds.setdefault(ext.lower(), []):
-                    kinds[ext.lower()].append(kind)
-    return kinds
 
 
 def _line_starts(data: bytes, samples: int) -> array:

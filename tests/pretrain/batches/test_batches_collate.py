@@ -10,10 +10,10 @@ from trichord.batches.collate import collate
 from trichord.batches.decoding import DecodedRow
 from trichord.batches.interleave import StreamPart
 from trichord.batches.packed_batch import IGNORE_INDEX
+from trichord.batches.parcels import pack_parcel, unpack_parcel
 from trichord.batches.rows import DecodedClip, RowArrays, RowFormat, build_row
 from trichord.batches.slots import RowSlots
 from trichord.batches.windows import PlannedSample, group_of
-from trichord.batches.workers import pack_parcel, unpack_parcel
 from trichord.shards.lanes import SampleRef
 
 X = IGNORE_INDEX

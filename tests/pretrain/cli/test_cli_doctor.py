@@ -126,6 +126,16 @@ def test_code_lying_about_and_a_model_that_cannot_be_built(step):
     assert (found["no code"], found["complete"], found["keys"]) == ("warn", "warn", "skip")
 
 
+def test_the_config_s_model_has_its_running_statistics(step):
+    def change(state):
+        small = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "output_stride": 8}
+        state["config"]["encoders"]["vision"] |= {"name": "resnet18", "options": small}
+
+    rewrite(step, "train_state.json", change)
+    shapes = expected_model(step).shapes
+    assert shapes["vision.backbone.bn1.running_mean"] == shapes["vision.backbone.bn1.weight"]
+
+
 def test_who_is_meant(step):
     assert find_patient(step) == step
     assert find_patient(step.parent) == step

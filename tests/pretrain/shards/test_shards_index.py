@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from trichord.core.errors import DataError
-from trichord.shards import index as index_module
-from trichord.shards import sidecars
+from trichord.shards import gathering, sidecars
 from trichord.shards.config import FieldsConfig
 from trichord.shards.index import MemberRef, build_index, index_shards, load_header, load_index
 
@@ -201,7 +200,7 @@ def test_frames_of_a_cut_mp3_are_counted_not_believed(write_tar, sound):
 def test_a_stale_index_is_built_anew(write_tar, monkeypatch):
     path = write_tar([("0.txt", b"one")])
     assert load_index(path).entry(0).text_chars == 3
-    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("a fresh index must not be built again"))
+    monkeypatch.setattr(gathering, "measure", lambda *_: pytest.fail("a fresh index must not be built again"))
     assert load_index(path).entry(0).text_chars == 3
     monkeypatch.undo()
     before = os.stat(path)
@@ -244,7 +243,7 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(write_tar, own_cache, mo
     assert load_index(path).entry(0).text_chars == 3
     assert not Path(path).with_suffix(".len").exists()
     assert len(list(own_cache.rglob("*.len"))) == 1
-    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("the cached index must be used"))
+    monkeypatch.setattr(gathering, "measure", lambda *_: pytest.fail("the cached index must be used"))
     assert load_index(path).entry(0).text_chars == 3
 
 
