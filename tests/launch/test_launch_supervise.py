@@ -12,9 +12,10 @@ import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import read_status
+from trichord_launch.command import Command
 from trichord_launch.control import cancel
 from trichord_launch.record import next_attempt
-from trichord_launch.supervise import is_held, run_lock, tell
+from trichord_launch.supervise import Reach, is_held, run_lock, supervise, tell
 
 HERE = Path(__file__).parent
 LIMIT_S = 30.0
@@ -225,3 +226,31 @@ def test_a_closed_terminal_takes_no_job_with_it(monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Closed())
     tell("asked 2 ranks to save and stop")
+
+
+LOSES_A_HOST = """
+import sys, pathlib
+from trichord.core.status import Status, write_atomically, write_status
+folder, attempt = pathlib.Path(sys.argv[1]), sys.argv[2]
+write_status(folder, Status("stopped", 75, 7, "saved") if attempt == "1" else Status("finished", 0, 9, "done"))
+if attempt == "1":
+    write_atomically(folder / "attempts/1/hosts/lost.json", '{"n2": "the connection to it broke"}')
+"""
+
+
+@pytest.mark.parametrize(("left", "outcome"), [("", "finished"), ("n2: ranks may be left", "stopped")])
+def test_after_a_lost_host_nothing_starts_before_it_is_clear(tmp_path, left, outcome):
+    asked, said = [], []
+
+    def clear(attempt, verdict, _signals):
+        asked.append((attempt, verdict.hosts_lost))
+        return left
+
+    def command_of(attempt, _restart):
+        return Command((sys.executable, "-c", LOSES_A_HOST, str(tmp_path), str(attempt)), {})
+
+    reach = Reach(clear=clear)
+    verdict = supervise(tmp_path, command_of, max_restarts=1, restart_pause_s=0.0, reach=reach, say=said.append)
+    assert verdict.outcome == outcome
+    assert asked == [(1, {"n2": "the connection to it broke"})]
+    assert ("not started again: n2: ranks may be left" in said) == bool(left)

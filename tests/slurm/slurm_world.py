@@ -100,7 +100,7 @@ class World:
         self.cluster_file.write_text(CLUSTER)
         self.run_folder = folder / "runs" / "fake"
 
-    def submit(self, plan: str = "finish", step_s: float = 0.05, nodes: int = 2, **more) -> str:
+    def submit(self, plan: str = "finish", step_s: float = 0.02, nodes: int = 2, **more) -> str:
         """Submit a run of fake ranks, srun per rank unless told otherwise; the id of the (first) job."""
         fields = {"time": "10", "launcher": "srun", **more}
         words = [self.config, self.cluster_file, nodes, plan, step_s, json.dumps(fields)]
@@ -131,6 +131,10 @@ class World:
         words = ["-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
         high = self.cluster.run("sbatch", "--parsable", *words).strip()
         self.wait_state(high, "COMPLETED", limit_s=60)
+
+    def hurry(self) -> None:
+        """All steps from here on are quick: what was to be seen of a slow run has been seen."""
+        (self.run_folder / "quick").touch()
 
     def node_of(self, job_id: str, number: int) -> str:
         """The name of one of the nodes of a running job."""

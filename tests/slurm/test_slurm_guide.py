@@ -1,7 +1,9 @@
 """Every command of docs/guides/slurm.md, in its order, on a real Slurm."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,8 +86,14 @@ def test_every_command_of_the_guide(home):
 
 
 def follow(home, words: list[str]) -> str:
-    """What it prints within two seconds, as it never ends by itself."""
-    command = ["bash", str(HERE / "mini_cluster.sh"), "run", "timeout", "2"]
+    """The first line it prints: it never ends by itself."""
+    command = ["bash", str(HERE / "mini_cluster.sh"), "run", "timeout", "--foreground", "40"]
     command += [sys.executable, "-m", "trichord_launch.cli", *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=home.cluster.environment)
-    return done.stdout + done.stderr
+    environment = home.cluster.environment
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        os.killpg(process.pid, signal.SIGTERM)
+    return line

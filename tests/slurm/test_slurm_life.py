@@ -29,6 +29,7 @@ def test_preempted_saved_at_one_step_requeued_and_finished(world):
     job = world.submit(step_s=0.2)
     world.wait_step(12)
     world.preempt()
+    world.hurry()
     facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=90)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
     check_stopped_once_and_finished(world)
@@ -39,16 +40,19 @@ def test_a_stop_that_only_the_ranks_were_told_is_requeued_too(world):
     job = world.submit(step_s=0.2)
     world.wait_step(12)
     world.cluster.run("scancel", "--signal=TERM", job)
+    world.wait_state(job, "COMPLETING", "PENDING")
+    world.hurry()
     facts = world.wait_state(job, "COMPLETED", "FAILED", limit_s=90)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
     check_stopped_once_and_finished(world)
 
 
 def test_time_limit_saved_at_one_step_requeued_and_finished(world):
-    job = world.submit(step_s=1.0, time="1")  # 60 steps of a second do not fit into 60 - 50 seconds
-    world.wait_step(5)
-    world.wait_state(job, "COMPLETING", "PENDING", limit_s=70)
-    (world.run_folder / "quick").touch()
+    """Slurm looks every 30 seconds, and tells 30 seconds early: here 5 to 35 seconds after the start."""
+    world.change_cluster("save_lead_s: 50", "save_lead_s: 85")
+    job = world.submit(step_s=1.0, time="2")
+    world.wait_for(lambda: world.verdict(1), 90, "the first attempt to end")
+    world.hurry()
     facts = world.wait_state(job, "COMPLETED", "FAILED", "TIMEOUT", limit_s=120)
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), world.tell()
     check_stopped_once_and_finished(world)
@@ -80,6 +84,7 @@ def test_nodes_without_power_are_waited_for_and_their_runs_finish(world):
         world.cluster.script("kill-node", node)
     for run, its_job in ((world, job), (other, lonely)):
         run.wait_state(its_job, "COMPLETING", "PENDING", limit_s=60)
+        run.hurry()
     for node in nodes:
         world.cluster.script("start-node", node)
     for run, its_job in ((world, job), (other, lonely)):
@@ -154,6 +159,8 @@ def test_where_requeue_is_forbidden_the_next_job_of_the_chain_goes_on(world):
     world.cluster.run("scancel", "--batch", "--signal=USR1", job)
     links = read_json(next(world.run_folder.glob("submissions/*/links.json")))["job_ids"]
     assert links[0] == job
+    world.wait_state(job, "COMPLETING", "COMPLETED", "FAILED")
+    world.hurry()
     assert world.wait_state(links[1], "COMPLETED", "FAILED", limit_s=90)["JobState"] == "COMPLETED", world.tell()
     assert world.attempts() == [("stopped", "leave"), ("finished", "leave")]
     assert world.checkpoints() == DONE
