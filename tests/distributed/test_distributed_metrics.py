@@ -1,20 +1,28 @@
-"""What a run measures: real collectives counted, and lines of metrics that do not depend on the split."""
+"""What a run measures: real collectives counted, and lines of metrics that do not depend on the split; and what of it
+arrives at a stand-in for the W&B server (tests/wandb_server.py)."""
 
 import gzip
 import json
+import os
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from plants import at_step
 from ranks import run_ranks
 from tiny_run import make_data, train, write_config
 
+from trichord.cli import main
+from trichord.core.errors import EXIT_UNEXPECTED
 from trichord.engine.build import start_process_group
 from trichord.engine.step import COUNT_NAMES
 from trichord.engine.wire import wire_meter
 from trichord.tracking.metrics import read_events, read_metrics
+from wandb_server import wandb_server
 
 pytestmark = pytest.mark.distributed
 
@@ -173,3 +181,58 @@ def test_a_peak_of_ones_own_gives_utilisation(data, tmp_path):
     assert line["speed/mfu_frac"] == pytest.approx(line["speed/flops_per_s"] / 0.5e12)
     # 4 micro-batches under a contrastive loss: towers run twice, and rows have slack
     assert line["speed/hfu_frac"] > 1.2 * line["speed/mfu_frac"]
+
+
+def train_online(environ: dict[str, str], step: int, fault: str, config: str, *overrides: str) -> int:
+    """The exit code of `trichord train` with a crash at a step, or with a W&B server that is ill from then on."""
+    os.environ.update(environ)
+    from trichord.tracking import wandb as wandb_module
+
+    wandb_module._FINISH_TIMEOUT_S = 2.0
+    at_step(step, 0, lambda: 1 // 0 if fault == "crash" else ask(f"{environ['WANDB_BASE_URL']}/be/{fault}"))
+    with suppress(ZeroDivisionError):
+        return main(["train", config, *overrides])
+    return EXIT_UNEXPECTED
+
+
+def ask(url: str) -> None:
+    urllib.request.urlopen(url).close()
+
+
+def test_a_run_that_crashes_tells_wandb_and_one_whose_server_goes_ends_well(data, tmp_path, monkeypatch):
+    """Real runs with the real client; then the record is sent by `trichord track sync`, when the server is back."""
+    config = str(write_config(data, tmp_path))
+    kept = {f"WANDB_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "CACHE", "DATA")}
+    wandb = "tracking.wandb={mode: online, group: sweep, tags: [small]}"
+    overrides = ("run.max_steps=8", "checkpoints.save_every_steps=2", "engine.zero_stage=1", wandb)
+    with wandb_server() as server:
+        environ = {**server.environ, **kept}
+        assert run_ranks(1, train_online, environ, 6, "crash", config, *overrides) == [EXIT_UNEXPECTED]
+        (run,) = server.runs.values()
+        (alert,) = server.alerts
+        assert (alert["title"], alert["severity"]) == ("tiny failed", "ERROR")
+        assert "ZeroDivisionError: integer division or modulo by zero" in alert["text"]
+        assert run.exit_code == EXIT_UNEXPECTED
+        assert [(row["_step"], row["step"]) for row in run.history] == [(step, step) for step in range(1, 7)]
+        assert (run.facts["groupName"], run.facts["tags"]) == ("sweep", ["small"])
+        assert run.config["run"]["max_steps"] == 8
+        assert run.config["environment"]
+
+        assert run_ranks(1, train_online, environ, 1, "hang", config, *overrides) == [0]
+        assert list(server.runs) == [run.name], "resumed in the same run"
+        events = read_events(tmp_path / "tiny")
+        starts = [(event["kind_of_start"], event["step"]) for event in events if event["kind"] == "start"]
+        assert [kind for kind, _ in starts] == ["fresh", "resume"]
+        assert "RewindRun" in server.asked
+        log = (tmp_path / "tiny" / "logs" / "rank-00000.log").read_text()
+        assert "wandb did not take everything within 2 s" in log
+
+        server.recover()
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        assert main(["track", "sync", str(tmp_path / "tiny")]) == 0
+        lines = {row["step"]: row["train/loss"] for row in read_metrics(tmp_path / "tiny")}
+        assert [(row["step"], row["train/loss"]) for row in run.history] == [
+            (step, pytest.approx(lines[step])) for step in range(1, 9)
+        ]
+        assert {made["artifactTypeName"] for made in server.artifacts if made["committed"]} == {"checkpoint"}

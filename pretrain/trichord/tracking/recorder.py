@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trichord.core.errors import TrichordError
+from trichord.core.errors import EXIT_UNEXPECTED, TrichordError
 from trichord.core.log import get_logger
 from trichord.tracking.config import TrackingConfig
 from trichord.tracking.metrics import EventsWriter, MetricsWriter
@@ -19,6 +19,8 @@ from trichord.tracking.tensorboard import TensorBoardMirror
 from trichord.tracking.wandb import WandbMirror
 
 log = get_logger(__name__)
+
+_ALERT_WAIT_S = 20.0  # torchrun gives a process 30 s
 
 
 @dataclass
@@ -108,9 +110,11 @@ class Recorder:
             self._wandb.table(step, lines)
 
     def failed(self, reason: str) -> None:
-        """The run ends without having been told to; never raises."""
+        """The run ends without having been told to; never raises. The process may leave at once, so W&B is closed here,
+        which waits a bounded time for the alert to be sent."""
         if self.active:
             self._wandb.alert(f"{self._name} failed", reason, "ERROR")
+            self._wandb.finish(EXIT_UNEXPECTED, wait_s=_ALERT_WAIT_S)
 
     def _mirror_event(self, kind: str, step: int | None, facts: Mapping[str, Any]) -> None:
         """To W&B: checkpoints as artifacts, and an alert where the run stops before its end."""
@@ -121,6 +125,9 @@ class Recorder:
         elif step is not None and kind == "end":
             if facts.get("checkpoint_saved"):
                 self._wandb.reference(self._references.checkpoint(step, final=bool(facts.get("finished"))))
+            else:  # the run fails for it once everything is closed
+                why = f"the last checkpoint (step {step}) could not be written"
+                self._wandb.alert(f"{self._name} failed", why, "ERROR")
             if not facts.get("finished"):
                 why = f"stopped at step {step} by {facts.get('signal') or 'a signal'}"
                 self._wandb.alert(f"{self._name} stopped", why, "WARN")

@@ -1,11 +1,12 @@
-"""The Weights & Biases mirror of a run. `metrics.jsonl` is the record; whatever happens here, training goes on.
+"""The Weights & Biases mirror of a run. `metrics.jsonl` is the record; whatever happens here, training goes on: some of
+W&B's calls ask the server and wait for its answer, so all but the first are made by a thread.
 
 Rows are logged at W&B's own step, and carry `step` as a column that every chart uses as its axis. When a run goes on
 from a checkpoint, the steps after it are done again:
 
 - online, W&B rewinds the run to the checkpoint's step (`resume_from`). Where the server refuses (rewinding is not
   enabled everywhere), the run is continued (`resume="allow"`); rows then carry the attempt number, and the steps that
-  were done twice are there twice. Both paths are untested against a server.
+  were done twice are there twice. Both paths are tested against a stand-in for the server, not against a real one.
 - offline, every start leaves one more folder, and a killed process loses the rows W&B still buffered. `trichord track
   sync` rebuilds one clean run from the record.
 """
@@ -27,18 +28,24 @@ from urllib.parse import urlsplit
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
 from trichord.tracking.config import WandbConfig
+from trichord.tracking.outbox import Outbox
 from trichord.tracking.wandb_media import Reference, log_reference, sample_table
+from trichord.tracking.wandb_service import end_service
 
 Mode = Literal["online", "offline", "off"]
 Axis = Literal["step", "own"]  # "step": W&B's step is ours; "own": it is not, since a run was continued, not rewound
 
 _INIT_TIMEOUT_S = 30.0
-_FINISH_TIMEOUT_S = 60.0  # a stop has a deadline; what is not uploaded by then stays on disk
+# A stop has a deadline; what is not there by then stays on disk.
+_UPLOAD_TIMEOUT_S = 20.0  # for what is left to upload when the run is closed
+_FINISH_TIMEOUT_S = 60.0  # for this and all calls that were asked for before
+_SAFE = "metrics.jsonl has everything and `trichord track sync` uploads it"
 _logger = get_logger(__name__)
 
 
 class WandbMirror:
-    """Copies metrics to W&B. A failure warns once and switches the mirror off; it never raises.
+    """Copies metrics to W&B; never raises, and nobody waits for it but for a bounded time at the start and the end.
+    Without its rows it is switched off, with one warning; of tables, artifacts and alerts that fail each is told.
 
     config: mode, project, entity, group, tags.
     folder: the run folder; W&B's files go to `wandb/` in it.
@@ -67,6 +74,8 @@ class WandbMirror:
         self._folder = Path(folder)
         self._attempt = attempt
         self._axis: Axis = "step"
+        self._outbox: Outbox | None = None
+        self._over = False  # whatever fails from then on has been told of
         if self.mode == "off":
             return
         stored = read_identity(Path(folder))
@@ -80,25 +89,49 @@ class WandbMirror:
             else:
                 self._run = init(id=self.run_id)
             write_identity(Path(folder), self.run_id, self._axis)
+            self._outbox = Outbox("wandb")
         except Exception as error:  # a network, a server or a package at fault: none is worth a training run
             self._give_up("could not start", error)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Mirror one line of the record."""
-        self._try("could not log", lambda run: self._log_row(run, step, metrics))
+        self._ask("could not log", lambda run: self._log_row(run, step, metrics), vital=True)
 
     def table(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         """A step's lines of `previews.jsonl`, with their pictures and sounds."""
-        self._try("could not log a table", lambda run: self._log_row(run, step, {"previews": self._table(lines)}))
+        self._ask("could not log a table", lambda run: self._log_row(run, step, {"previews": self._table(lines)}))
 
     def reference(self, reference: Reference | None) -> None:
         """An artifact by where it lies; None: nothing."""
         if reference is not None:
-            self._try("could not log an artifact", lambda run: log_reference(run, reference))
+            self._ask("could not log an artifact", lambda run: log_reference(run, reference))
 
     def alert(self, title: str, text: str, level: Literal["INFO", "WARN", "ERROR"]) -> None:
         """Tell whoever subscribed to the project's alerts."""
-        self._try("could not send an alert", lambda run: run.alert(title=title, text=text, level=level))
+        self._ask("could not send an alert", lambda run: run.alert(title=title, text=text, level=level))
+
+    def finish(self, exit_code: int = 0, wait_s: float | None = None) -> None:
+        """Close the run, waiting at most `wait_s` (None: `_FINISH_TIMEOUT_S`) for what is left to send."""
+        wait_s = _FINISH_TIMEOUT_S if wait_s is None else wait_s
+        outbox, self._outbox = self._outbox, None
+        if outbox is None:
+            return
+        outbox.put(lambda: self._finish(exit_code))
+        if not outbox.close(wait_s):
+            self._over = True
+            _logger.warning("wandb did not take everything within %.0f s; %s", wait_s, _SAFE)
+            end_service()
+
+    def _finish(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            _logger.warning("wandb did not take everything within %.0f s; %s", _UPLOAD_TIMEOUT_S, _SAFE)
+        except Exception as error:
+            self._give_up("could not finish", error)
 
     def _table(self, lines: Sequence[Mapping[str, Any]]) -> Any:
         return sample_table(self._folder, lines)
@@ -109,32 +142,28 @@ class WandbMirror:
         else:
             run.log({**values, "step": step, "attempt": self._attempt})
 
-    def _try(self, what: str, act: Callable[[Any], None]) -> None:
+    def _ask(self, what: str, act: Callable[[Any], None], vital: bool = False) -> None:
+        """Have `act(run)` done when what was asked for before is done. vital: without it there is no mirror."""
+        if self._outbox is not None:
+            self._outbox.put(lambda: self._act(what, act, vital))
+
+    def _act(self, what: str, act: Callable[[Any], None], vital: bool) -> None:
         if self._run is None:
             return
         try:
             act(self._run)
         except Exception as error:
-            self._give_up(what, error)
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting at most a minute for uploads."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up("could not finish", error)
+            if vital:
+                self._give_up(what, error)
+            elif not self._over:
+                _logger.warning("wandb %s (%s: %s); %s", what, type(error).__name__, error, _SAFE)
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
-        _logger.warning(
-            "wandb %s (%s: %s); going on without it, metrics.jsonl has everything and `trichord track sync` uploads it",
-            what,
-            type(error).__name__,
-            error,
-        )
+        if self._over:
+            return
+        end_service()
+        _logger.warning("wandb %s (%s: %s); going on without it, %s", what, type(error).__name__, error, _SAFE)
 
 
 def resolve_mode(mode: Literal["auto", "online", "offline", "off"], environ: Mapping[str, str] | None = None) -> Mode:
@@ -176,18 +205,28 @@ def _rewind_or_continue(init: Callable[..., Any], run_id: str, step: int | None)
             return init(resume_from=f"{run_id}?_step={step}"), "step"
         except Exception as error:  # W&B names no single error for "this server does not rewind"
             _logger.warning("wandb did not rewind run %s to step %d (%s); continuing it", run_id, step, error)
+            end_service()
     return init(id=run_id, resume="allow"), "own"
 
 
 def open_run(
-    mode: Mode, config: WandbConfig, folder: Path, run_name: str, run_config: Mapping[str, Any], **identity: Any
+    mode: Mode,
+    config: WandbConfig,
+    folder: Path,
+    run_name: str,
+    run_config: Mapping[str, Any],
+    *,
+    upload_timeout_s: float = _UPLOAD_TIMEOUT_S,
+    **identity: Any,
 ) -> Any:
+    """Start or continue a W&B run. upload_timeout_s: its `finish` raises a TimeoutError when that takes longer."""
     import wandb  # heavy, and not part of the base install
 
     folder.mkdir(parents=True, exist_ok=True)  # else W&B silently writes to a temporary folder
     wishes = {
         "init_timeout": _INIT_TIMEOUT_S,
-        "finish_timeout": _FINISH_TIMEOUT_S,
+        "finish_timeout": upload_timeout_s,
+        "finish_timeout_raises": True,
         "console": "off",  # our logs are per rank in the run folder
         "disable_git": True,  # the run folder has the git state
         "disable_code": True,

@@ -16,6 +16,9 @@ from trichord.tracking.previews import read_previews
 from trichord.tracking.references import References
 from trichord.tracking.wandb import Mode, new_id, open_run, read_identity, resolve_mode, write_identity
 from trichord.tracking.wandb_media import Reference, log_reference, sample_table
+from trichord.tracking.wandb_service import end_service
+
+_UPLOAD_TIMEOUT_S = 3600.0  # somebody waits for it, and can end it
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def sync_run(
     wanted = "online" if resolve_mode(mode) == "online" else "offline"
     wandb_id: str = run_id or read_identity(folder).get("id") or new_id()
     try:
-        run = open_run(wanted, config, folder, folder.name, resolved, id=wandb_id, resume="allow")
+        identity = {"id": wandb_id, "resume": "allow"}
+        run = open_run(wanted, config, folder, folder.name, resolved, upload_timeout_s=_UPLOAD_TIMEOUT_S, **identity)
         for row in rows:
             metrics = {name: value for name, value in row.items() if name != "time"}
             run.log({**metrics, "_timestamp": row.get("time", 0.0)}, step=row["step"])
@@ -61,6 +65,7 @@ def sync_run(
         location = run.url if wanted == "online" else str(Path(run.dir).parent)
         run.finish()
     except Exception as error:
+        end_service()
         raise TrichordError(f"wandb could not take the run ({type(error).__name__}: {error})") from error
     write_identity(folder, wandb_id, "step")
     return SyncResult(wandb_id, wanted, len(rows), location or "", tables, artifacts)

@@ -70,6 +70,9 @@ class StandIn(types.ModuleType):
     def finish(self, exit_code=0):
         self.finished.append(exit_code)
 
+    def teardown(self):
+        """There is no process to end."""
+
 
 @pytest.fixture
 def online(monkeypatch):
@@ -129,6 +132,7 @@ def test_resume_rewinds_to_the_checkpoint(online, tmp_path):
     wandb = online()
     mirror = WandbMirror(WandbConfig(), tmp_path, **FACTS, run_id="abc123de", resume_step=40)
     mirror.log(41, {"train/loss": 2.0})
+    mirror.finish()
     assert [init.get("resume_from") for init in wandb.inits] == ["abc123de?_step=40"]
     assert wandb.logged == [({"train/loss": 2.0, "step": 41}, 41)]
 
@@ -137,6 +141,7 @@ def test_where_rewinding_is_refused_the_run_is_continued_with_the_attempt(online
     wandb = online("rewind")
     mirror = WandbMirror(WandbConfig(), tmp_path, **FACTS, run_id="abc123de", resume_step=40)
     mirror.log(41, {"train/loss": 2.0})
+    mirror.finish()
     assert [(init.get("id"), init.get("resume")) for init in wandb.inits] == [(None, None), ("abc123de", "allow")]
     assert wandb.logged == [({"train/loss": 2.0, "step": 41, "attempt": 2}, None)], "W&B's own step has moved on"
     wandb = online()
@@ -232,8 +237,10 @@ def test_checkpoints_become_references_and_a_stop_an_alert(online, tmp_path):
     recorder.event("mirror", 20, ok=False, reason="no way there")
     recorder.event("end", 20, finished=False, checkpoint_saved=True, signal="SIGTERM")
     recorder.event("checkpoint", 15)  # removed in the meantime
+    recorder.event("end", 20, finished=True, checkpoint_saved=False, signal="")
     recorder.failed("rank 3: out of memory")
     recorder.close(75)
+    assert wandb.finished == [1], "whoever fails closes the run: its process may leave at once"
     assert [(a.name, a.type, a.entries, aliases) for a, aliases in wandb.artifacts] == [
         ("digits-checkpoint", "checkpoint", [places[0].as_uri()], ["latest", "step-10", "best"]),
         ("digits-checkpoint", "checkpoint", [], ["latest", "step-10", "best"]),
@@ -242,19 +249,21 @@ def test_checkpoints_become_references_and_a_stop_an_alert(online, tmp_path):
     assert wandb.artifacts[1][0].metadata["uri"] == f"s3://store/runs/{tmp_path.name}/step-000010"
     assert [(a["title"], a["text"], a["level"]) for a in wandb.alerts] == [
         ("digits stopped", "stopped at step 20 by SIGTERM", "WARN"),
+        ("digits failed", "the last checkpoint (step 20) could not be written", "ERROR"),
         ("digits failed", "rank 3: out of memory", "ERROR"),
     ]
 
 
 def test_an_artifact_that_is_refused_is_only_a_warning(online, tmp_path, log_lines):
-    online("artifact")
+    wandb = online("artifact")
     recorder = Recorder(tmp_path, TrackingConfig(), **FACTS_OF_RECORDER)
     checkpoint(tmp_path, 10, 1.0)
     recorder.event("checkpoint", 10)
-    recorder.event("checkpoint", 10)
+    recorder.metrics(11, {"train/loss": 1.0})
     recorder.close(0)
-    assert len(log_lines()) == 1
-    assert "going on without it" in log_lines()[0]
+    (told,) = [line for line in log_lines() if "wandb" in line]
+    assert "wandb could not log an artifact (RuntimeError: quota); metrics.jsonl has everything" in told
+    assert [step for _, step in wandb.logged] == [11], "the metrics go on"
 
 
 def test_tables_artifacts_and_surroundings_are_in_an_offline_run(no_key, tmp_path):
