@@ -186,11 +186,16 @@ def plan(
     from trichord.config.load import load_run_config
 
     run_config = load_run_config(config, overrides or [])
-    from trichord.planning.plan import Question, save_plan
+    from trichord.planning.saving import check_place, save_plan
+
+    if save is not None:
+        check_place(save)
+    from trichord.planning.plan import Question
     from trichord.planning.plan import plan as make_plan
     from trichord.planning.render import render_plan
 
-    facts = make_plan(run_config, Question(gpus, gpu, gpus_per_node, network, host_gib, stats, price))
+    with advancing("planning") as show:
+        facts = make_plan(run_config, Question(gpus, gpu, gpus_per_node, network, host_gib, stats, price), show)
     print(render_plan(facts))
     write_json(json_file, facts)
     for path in save_plan(save, facts) if save is not None else ():

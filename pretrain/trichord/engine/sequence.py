@@ -42,14 +42,14 @@ def share_sequences(model: Any, engine: EngineConfig) -> None:
     size = engine.sequence_parallel
     if size == 1:
         return
-    _check_heads(model, size)
+    check_heads(model, size)
     for first in range(0, dist.get_world_size(), size):
         group = dist.new_group(range(first, first + size))  # every rank takes part in making every group
         if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + size:
             model.sequence = SequenceGroup(group)
 
 
-def _check_heads(model: Any, size: int) -> None:
+def check_heads(model: Any, size: int) -> None:
     trunk = model.trunk.config
     heads, key_heads = trunk.num_attention_heads, trunk.num_key_value_heads
     if heads % size:

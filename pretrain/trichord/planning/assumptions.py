@@ -62,14 +62,15 @@ def _time(subject: Subject, machine: Machine) -> list[str]:
 
 def _not_looked_at(subject: Subject) -> list[str]:
     engine = subject.config.engine
-    lines = ["all ranks are data-parallel"]
+    sharing = engine.sequence_parallel
+    lines = ["all ranks are data-parallel" if sharing == 1 else f"groups of {sharing} neighbouring ranks share rows; "
+             "the one with the most items of a micro-step counts, nothing hides their exchange"]  # fmt: skip
     if others := [key for key in engine.deepspeed if key != "zero_optimization"]:
         lines.append(f"of the overlay engine.deepspeed only zero_optimization is looked at, not {', '.join(others)}")
-    if getattr(engine, "compile", False):
+    if engine.compile:
         lines.append("engine.compile: its gain, and what it changes in activations, is not counted")
-    if getattr(engine, "nvme_path", None) is not None:
+    if engine.nvme_path is not None:
         lines.append("engine.nvme_path: offloaded states are counted as if they stayed in host memory")
-    for key in ("hpz_ranks", "sequence_parallel"):
-        if getattr(engine, key, 1) != 1:
-            lines.append(f"engine.{key} = {getattr(engine, key)} is not counted")
+    if engine.optimizer == "muon":
+        lines.append("engine.optimizer muon: the products of its iterations are not counted in the update's time")
     return lines

@@ -4,13 +4,18 @@ Bytes are those of the whole tensor that a collective is about. What one of N ra
 (N - 1) / N of it for all-gather, reduce-scatter, reduce and broadcast, twice that for an all-reduce (Patarasu and Yuan
 2009). The time is an alpha-beta model: a latency per message and hop, and bytes over the slowest link of the ring.
 
+For an all-to-all they are what each rank puts in, and a rank sends (N - 1) / N of that.
+
 Volumes per step (Psi gradients in bytes, A micro-steps), as DeepSpeed does it with this project's settings:
 
     stage 0   all-reduce Psi once
     stage 1   reduce Psi once, all-gather of the weights once
     stage 2   reduce Psi A times, all-gather of the weights once
     stage 3   reduce-scatter Psi A times; all-gather of the split weights for each forward and each backward pass, less
-              what stays gathered between the two; all-gather of small, persistent weights once
+              what stays gathered between the two; all-gather of small, persistent weights once. With hpZ only the
+              first gather of a weight that learns is over all ranks, every other one inside a node
+    muon      from stage 1 on, matrices of which several ranks hold a part: all-to-all there and back
+    all       all-reduce of the step's counts, and from stage 1 on of each optimizer group's gradient norm
 """
 
 from __future__ import annotations
@@ -20,12 +25,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trichord.engine.step import COUNT_NAMES
 from trichord.planning.gpus import Fabric
+from trichord.planning.muon_exchange import muon_exchange
 from trichord.planning.zero import Parameter, Zero
 
-Op = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce"]
+Op = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "all_to_all"]
 Beside = Literal["forward", "backward", "nothing"]
-_ROUNDS: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
+_ROUNDS: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "all_to_all": 1}
+_COUNTS_BYTES, _NORM_BYTES = 8 * len(COUNT_NAMES), 8
 _READ_DATA = ("vision", "audio", "text")
 TOWERS = ("vision", "audio", "text", "heads")  # what the gradient-free pass of contrastive accumulation runs
 
@@ -33,24 +41,28 @@ TOWERS = ("vision", "audio", "text", "heads")  # what the gradient-free pass of 
 @dataclass(frozen=True)
 class Collective:
     """One kind of message of a step. bytes: of a whole step; messages: in how many pieces; beside: the computation that
-    it can run beside."""
+    it can run beside; ranks: that it is between, neighbours; None: all of them."""
 
     what: str
     op: Op
     bytes: int
     messages: int
     beside: Beside = "nothing"
+    ranks: int | None = None
 
     def sent(self, ranks: int) -> float:
-        """Bytes that a rank sends in a ring."""
+        """Bytes that a rank sends, of so many in the job; in a ring, but for an all-to-all."""
+        ranks = self.ranks or ranks
         return _ROUNDS[self.op] * self.bytes * (ranks - 1) / ranks
 
     def seconds(self, fabric: Fabric, ranks: int) -> float:
         """On `ranks` GPUs, each node full before the next is begun.
 
-        Latency: hops of a ring inside the node; between nodes a ring too, but for an all-reduce a tree, twice the
-        logarithm of their number.
+        Latency: hops of a ring inside the node, or peers of an all-to-all; between nodes likewise, but for an
+        all-reduce a tree, twice the logarithm of their number. In an all-to-all each GPU has only its own part of the
+        node's network.
         """
+        ranks = self.ranks or ranks
         if ranks == 1:
             return 0.0
         nodes = math.ceil(ranks / fabric.gpus_per_node)
@@ -58,7 +70,9 @@ class Collective:
         inside = (min(ranks, fabric.gpus_per_node) - 1) * fabric.alpha_inside_s * rounds
         hops = 2 * math.ceil(math.log2(nodes)) if self.op == "all_reduce" else nodes - 1
         latency = inside + hops * fabric.alpha_between_s
-        return self.messages * latency + self.sent(ranks) / fabric.ring_bytes_per_s(nodes)
+        alone = self.op == "all_to_all" and nodes > 1
+        speed = fabric.own_bytes_per_s() if alone else fabric.ring_bytes_per_s(nodes)
+        return self.messages * latency + self.sent(ranks) / speed
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class Features:
 def collectives(
     parameters: Sequence[Parameter], zero: Zero, accumulation: int, features: Features | None
 ) -> list[Collective]:
-    """All collectives of one step. A few scalars (counts, norms) are left out."""
+    """All collectives of one step but those of ranks that share rows (`planning.sharing`)."""
     if zero.ranks == 1:
         return []
     found = _gradients(parameters, zero, accumulation)
@@ -83,6 +97,10 @@ def collectives(
         found.append(Collective("updated weights", "all_gather", size, _pieces(size, zero)))
     if zero.stage == 3:
         found += _gathers(parameters, zero, accumulation, features)
+    if (exchange := muon_exchange(parameters, zero))[0]:
+        found.append(Collective("matrices of muon", "all_to_all", *exchange))
+    norms = len(zero.groups(parameters)) if zero.stage else 0
+    found.append(Collective("counts, norms", "all_reduce", _COUNTS_BYTES + norms * _NORM_BYTES, 1 + norms))
     return found + (_feature_exchange(features, zero.ranks) if features is not None else [])
 
 
@@ -121,13 +139,20 @@ def _gathers(
         stays = 0 if disturbed else near * whole_bytes // whole
         backward = max(0, sum(size(p) * p.owners for p in back) + round(again) - stays)
     pieces = max(1, math.ceil(whole / max(1, zero.prefetch)), len(split) // 4)
+    inside, first = (zero.hpz, min(forward, sum(size(p) for p in split if p.trainable))) if zero.hpz > 1 else (None, 0)
+    near_bytes = forward * accumulation - first  # with hpZ from the node's own copy, which the update puts out of date
     found = [
-        Collective("weights, forward", "all_gather", forward * accumulation, pieces * accumulation, "forward"),
-        Collective("weights, backward", "all_gather", backward * accumulation, pieces * accumulation, "backward"),
+        Collective("weights, first", "all_gather", first, pieces, "forward"),
+        Collective("weights, forward", "all_gather", near_bytes, pieces * accumulation, "forward", inside),
+        Collective(
+            "weights, backward", "all_gather", backward * accumulation, pieces * accumulation, "backward", inside
+        ),
     ]
     if disturbed:
         towers = sum(size(p) * p.owners for p in split if p.room in TOWERS)
-        found.append(Collective("weights, features", "all_gather", towers * accumulation, accumulation, "forward"))
+        found.append(
+            Collective("weights, features", "all_gather", towers * accumulation, accumulation, "forward", inside)
+        )
     if kept := zero.persistent(parameters):
         small = sum(p.numel < zero.persistence for p in parameters)
         found.append(Collective("small weights", "all_gather", zero.weight_bytes * kept, small))

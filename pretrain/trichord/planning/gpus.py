@@ -80,3 +80,7 @@ class Fabric:
         with its part of the data, so the whole of the node's network counts."""
         slowest = self.link_gb_per_s if nodes == 1 else min(self.link_gb_per_s, self.node_gb_per_s)
         return 1e9 * self.share * slowest
+
+    def own_bytes_per_s(self) -> float:
+        """What one GPU sends to other nodes per second while all GPUs of its node do: an all-to-all."""
+        return 1e9 * self.share * min(self.link_gb_per_s, self.node_gb_per_s / self.gpus_per_node)

@@ -30,6 +30,7 @@ from trichord.planning.zero import Parameter, Zero
 GIB = 2**30
 _SMALL_8BIT = 4096  # elements below which an 8-bit optimizer keeps fp32 states
 _8BIT_BLOCK = 256  # elements that share a scale
+_8BIT_CODES = 256  # of each coded moment, fp32: what its codes mean
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def model_states(
     low, total = zero.weight_bytes, sum(p.numel for p in trainable)
     own = zero.own(trainable)
     weights = low * (zero.own(parameters) if zero.stage == 3 else sum(p.numel for p in parameters))
-    weights += low * zero.persistent(parameters)
+    weights += low * (zero.persistent(parameters) + zero.second_copy(parameters))
     gradients = low * zero.gradient_elements(trainable, rank)
     master = 4 * own if zero.stage > 0 or low == 2 else 0
     moments = moment_bytes(trainable, engine, zero)
@@ -105,7 +106,7 @@ def moment_bytes(trainable: Sequence[Parameter], engine: EngineConfig, zero: Zer
 
     adam, adamw: two moments; sgd: momentum, where there is any; rmsprop: the average square, and momentum; muon: one
     momentum for the matrices of hidden layers, two moments for the rest; adamw_8bit: two moments of a byte each, with
-    an fp32 scale per 256. fp32, or half of it where engine.optimizer_states is bf16.
+    an fp32 scale per 256 and a table. fp32, or half of it where engine.optimizer_states is bf16.
     """
     name: str = engine.optimizer
     wide = 2 if engine.optimizer_states == "bf16" else 4
@@ -118,9 +119,17 @@ def moment_bytes(trainable: Sequence[Parameter], engine: EngineConfig, zero: Zer
         matrices = zero.own([p for p in trainable if p.is_hidden])
         return wide * matrices + 2 * wide * (own - matrices)
     if name == "adamw_8bit":
-        large = zero.own([p for p in trainable if p.numel >= _SMALL_8BIT])
-        return round(2 * large * (1 + 4 / _8BIT_BLOCK)) + 8 * (own - large)
+        # What it has a state of: at stage 0 each parameter, from stage 1 on a rank's part of each group.
+        groups = [[p] for p in trainable] if zero.stage == 0 else zero.groups(trainable)
+        return sum(_eight_bit_bytes(zero.own(group)) for group in groups)
     return 2 * wide * own
+
+
+def _eight_bit_bytes(elements: int) -> int:
+    """Two moments of a tensor."""
+    if elements < _SMALL_8BIT:
+        return 8 * elements
+    return 2 * (-(-elements // _8BIT_BLOCK) * (_8BIT_BLOCK + 4) + 4 * _8BIT_CODES)
 
 
 def checkpoint_bytes(parameters: Sequence[Parameter], engine: EngineConfig) -> int:
@@ -129,7 +138,9 @@ def checkpoint_bytes(parameters: Sequence[Parameter], engine: EngineConfig) -> i
     trainable = [p for p in parameters if p.trainable]
     whole = Zero(0, 1, 4, False, 0, False, False, 0, 0, 0, 0)
     average = 4 * whole.own(trainable) if engine.ema_decay is not None else 0
-    return 4 * whole.own(parameters) + moment_bytes(trainable, engine, whole) + average
+    coded = engine.optimizer == "adamw_8bit"  # written as the fp32 numbers that its codes mean
+    moments = 8 * whole.own(trainable) if coded else moment_bytes(trainable, engine, whole)
+    return 4 * whole.own(parameters) + moments + average
 
 
 def _gathered(parameters: Sequence[Parameter], zero: Zero) -> int:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trichord.core.errors import ConfigError
 from trichord.planning.assumptions import assumptions
 from trichord.planning.gpus import Fabric, find_gpu
-from trichord.planning.layout import Layout, split_of, states_of
+from trichord.planning.layout import Layout, check_groups, split_of, states_of
 from trichord.planning.memory import GIB, checkpoint_bytes
+from trichord.planning.recomputation import MODES
 from trichord.planning.roofline import collectives_of, flops_of_rows, model_flops
-from trichord.planning.search import Machine, Outcome, best_layout, judge, scaling
+from trichord.planning.search import SCALES, Machine, Outcome, best_layout, judge, scaling
 from trichord.planning.subject import RunToPlan, Subject
 from trichord.planning.workload import find_workload
+
+T = TypeVar("T")
 
 PLAN_FORMAT = 1
 SECONDS_PER_DAY = 86_400
@@ -52,8 +54,10 @@ class Question:
         return Machine(gpu, Fabric.of(gpu, self.gpus_per_node, self.node_gb_per_s), host)
 
 
-def plan(config: RunToPlan, question: Question) -> dict[str, Any]:
-    """Predict memory, time and cost of a run, and search for its best layout.
+def plan(
+    config: RunToPlan, question: Question, show: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
+    """Predict memory, time and cost of a run, and search for its best layout. show: is told of parts done, of so many.
 
     Returns:
         Plain data; bytes are ints, times seconds. `memory`, `activations`, `time`, `communication` are of the config's
@@ -61,13 +65,19 @@ def plan(config: RunToPlan, question: Question) -> dict[str, Any]:
         GPUs. docs/guides/planning.md lists the keys. `render_plan` makes it readable.
 
     Raises:
-        ConfigError: no GPUs, an unknown GPU, figures that do not belong to the run, or a model that cannot be built.
+        ConfigError: no GPUs, an unknown GPU, figures that do not belong to the run, a model that cannot be built, or
+            groups of ranks that do not fit it.
     """
     machine = question.machine()
+    steps = _Steps(show, len(MODES) + len(SCALES) + 2)
     subject = Subject(config, find_workload(config, question.stats), question.vocab_size)
     chosen = Layout.of(subject)
-    own = judge(subject, chosen, question.gpus, machine)
-    best = best_layout(subject, question.gpus, machine)
+    check_groups(subject, chosen, question.gpus)
+    for mode in MODES:
+        steps.done(subject.load(mode, chosen.sharing))
+    own = steps.done(judge(subject, chosen, question.gpus, machine))
+    best = steps.done(best_layout(subject, question.gpus, machine))
+    scaled = [steps.done(outcome) for outcome in scaling(subject, machine)]
     parameters = subject.count_parameters()
     checkpoint = checkpoint_bytes(subject.parameters, config.engine)
     price = question.price
@@ -97,7 +107,7 @@ def plan(config: RunToPlan, question: Question) -> dict[str, Any]:
         "best": None if best is None else {**best.to_json(), "cost": _cost(config, best, price)},
         "overlay": None if best is None else best.layout.overlay(),
         "scaling": [None if o is None else {**o.to_json(), "gpus": o.ranks, "cost": _cost(config, o, price)}
-                    for o in scaling(subject, machine)],
+                    for o in scaled],
         "checkpoint": {
             "bytes": checkpoint,
             "per_rank_bytes": checkpoint // question.gpus,
@@ -106,6 +116,23 @@ def plan(config: RunToPlan, question: Question) -> dict[str, Any]:
         "assumptions": assumptions(subject, machine),
         "not_predicted": ["the loader", "evaluation", "restarts and failed nodes", "compilation"],
     }  # fmt: skip
+
+
+@dataclass
+class _Steps:
+    """Counts what a plan has done."""
+
+    show: Callable[[int, int], None]
+    total: int
+    number: int = 0
+
+    def __post_init__(self):
+        self.show(0, self.total)
+
+    def done(self, result: T) -> T:
+        self.number += 1
+        self.show(self.number, self.total)
+        return result
 
 
 def _workload(subject: Subject) -> dict[str, Any]:
@@ -131,7 +158,7 @@ def _all_stages(subject: Subject, chosen: Layout, gpus: int) -> dict[int, dict[s
     found = {}
     for stage in (0, 1, 2, 3):
         try:
-            layout = Layout(stage, chosen.micro_rows, chosen.offload, chosen.checkpointing)
+            layout = replace(chosen, zero_stage=stage)
             states = states_of(subject, layout, gpus)[1]
         except ValueError:  # refused by the config
             continue
@@ -141,7 +168,8 @@ def _all_stages(subject: Subject, chosen: Layout, gpus: int) -> dict[int, dict[s
 
 def _activations(subject: Subject, layout: Layout) -> dict[str, Any]:
     """Of one micro-batch on a GPU, by room: typical rows, and what the heaviest source's rows take instead."""
-    load = subject.loads[layout.checkpointing]
+    loads = {mode: subject.load(mode, layout.sharing) for mode in MODES}
+    load = loads[layout.checkpointing]
     saved = {room: round(size * layout.micro_rows) for room, size in load.saved.items()}
     source, ratio = subject.heaviest
     return {
@@ -150,7 +178,7 @@ def _activations(subject: Subject, layout: Layout) -> dict[str, Any]:
         "heaviest_source": source,
         "heaviest_ratio": ratio,
         "recomputed_block_bytes": round(load.block * layout.micro_rows),
-        "bytes_per_row": {mode: round(kind.total) for mode, kind in subject.loads.items()},
+        "bytes_per_row": {mode: round(kind.total) for mode, kind in loads.items()},
     }
 
 
@@ -164,6 +192,7 @@ def _rows(subject: Subject, layout: Layout, gpus: int) -> dict[str, Any]:
         "useful_frac": subject.useful.tokens / config.batches.row_tokens,
         "micro_rows": split.micro_rows,
         "accumulation": split.accumulation,
+        "sequence_parallel": split.sharing,
         "wasted_frac": split.wasted_frac,
         "idle_ranks": split.idle_ranks,
         "better_micro_rows": better.micro_rows if better else None,
@@ -208,38 +237,3 @@ def _kept(config: RunToPlan) -> int:
     landmarks = steps // every if steps is not None and every else 0
     best: Any = getattr(kept, "keep_best", None)
     return (kept.keep_last or 0) + landmarks + (best.count if best else 0) + 1
-
-
-def save_plan(file: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Write the plan as JSON, and beside it its best layout as FILE.overlay.yaml, where there is one; returns both.
-
-    Raises:
-        ConfigError: the file is no .json, or cannot be written.
-    """
-    if file.suffix != ".json":
-        raise ConfigError(f"--save {file}: expected a name that ends in .json")
-    written = {file: json.dumps(facts, indent=2) + "\n"}
-    if facts["overlay"] is not None:
-        written[file.with_suffix(".overlay.yaml")] = overlay_text(facts)
-    try:
-        for path, text in written.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--save {file}: cannot be written: {error.strerror}") from error
-    return list(written)
-
-
-def overlay_text(facts: Mapping[str, Any]) -> str:
-    """The best layout as YAML to be laid over the run's config."""
-    best, lines = facts["best"], []
-    lines.append(f"# PREDICTION of `trichord plan` for run {facts['run']} on {facts['gpus']} {facts['gpu']['name']}:")
-    lines.append(f"# {best['step_s']:.3g} s per step, {best['device_bytes'] / GIB:.1f} GiB per GPU, not measured.")
-    for section, values in facts["overlay"].items():
-        lines.append(f"{section}:")
-        lines += [f"  {key}: {_yaml(value)}" for key, value in values.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -70,9 +70,10 @@ def _memory_lines(facts: Mapping[str, Any]) -> list[str]:
 def _row_lines(facts: Mapping[str, Any]) -> list[str]:
     rows = facts["rows"]
     tokens = f"{rows['row_tokens']:,} tokens = {rows['tokens_per_step']:,} tokens"
+    where = "GPU" if rows["sequence_parallel"] == 1 else f"group of {rows['sequence_parallel']} GPUs that share them"
     lines = [
         f"rows per step     {rows['rows_per_step']} of {tokens}, {100 * rows['useful_frac']:.0f} % of them useful",
-        f"micro-steps       {rows['accumulation']} with {rows['micro_rows']} rows each on every GPU",
+        f"micro-steps       {rows['accumulation']} with {rows['micro_rows']} rows each on every {where}",
     ]
     row = facts["workload"]["row"]
     lines.append(f"a row holds       {row['images']:.1f} images, {row['clips']:.1f} clips of {row['audio_tokens']:.0f} "
@@ -131,7 +132,7 @@ def _best_lines(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"best layout that fits: zero_stage {best['zero_stage']}, micro_rows {best['micro_rows']} (accumulation "
         f"{best['accumulation']}), offload {best['offload']}, "
-        f"activation_checkpointing {best['activation_checkpointing']}",
+        f"activation_checkpointing {best['activation_checkpointing']}, sequence_parallel {best['sequence_parallel']}",
         f"  {seconds_text(best['step_s'])} a step, MFU {100 * best['mfu_frac']:.1f} %, "
         f"{size_text(best['device_bytes'])} per GPU; --save FILE.json writes it as FILE.overlay.yaml",
     ]
@@ -140,8 +141,8 @@ def _best_lines(facts: Mapping[str, Any]) -> list[str]:
 def _scaling_lines(facts: Mapping[str, Any]) -> list[str]:
     """The same global batch on other numbers of GPUs."""
     lines = ["scaling, the same global batch, each with its best layout",
-             f"  {'GPUs':>6}{'ZeRO':>6}{'rows':>6}{'accum':>7}{'offload':>11}{'recompute':>11}{'step':>10}{'MFU':>7}"
-             f"{'days':>9}{'cost':>12}"]  # fmt: skip
+             f"  {'GPUs':>6}{'ZeRO':>6}{'rows':>6}{'accum':>7}{'offload':>11}{'recompute':>11}{'shared':>8}{'step':>10}"
+             f"{'MFU':>7}{'days':>9}{'cost':>12}"]  # fmt: skip
     for outcome in facts["scaling"]:
         if outcome is None:
             continue
@@ -151,7 +152,8 @@ def _scaling_lines(facts: Mapping[str, Any]) -> list[str]:
         idle = f"   {outcome['idle_ranks']} idle" if outcome["idle_ranks"] else ""
         lines.append(
             f"  {outcome['gpus']:>6}{outcome['zero_stage']:>6}{outcome['micro_rows']:>6}{outcome['accumulation']:>7}"
-            f"{outcome['offload']:>11}{outcome['activation_checkpointing']:>11}{seconds_text(outcome['step_s']):>10}"
+            f"{outcome['offload']:>11}{outcome['activation_checkpointing']:>11}"
+            f"{outcome['sequence_parallel']:>8}{seconds_text(outcome['step_s']):>10}"
             f"{100 * outcome['mfu_frac']:>5.1f} %{days:>9}{price:>12}{idle}"
         )
     missing = sum(outcome is None for outcome in facts["scaling"])

@@ -20,9 +20,10 @@ from trichord.fusion.counts import count_contrasts
 from trichord.fusion.flops import Flops, step_flops
 from trichord.planning.comms import Collective, Features, collectives
 from trichord.planning.gpus import Fabric, Gpu
-from trichord.planning.layout import Layout, split_of
+from trichord.planning.layout import Layout, engine_of, split_of
 from trichord.planning.memory import ModelStates
 from trichord.planning.recomputation import moves_again, products_again
+from trichord.planning.sharing import exchanges
 from trichord.planning.subject import Subject
 from trichord.planning.zero import Zero
 
@@ -65,7 +66,15 @@ def features_of(subject: Subject, layout: Layout, ranks: int) -> Features | None
 
 def collectives_of(subject: Subject, layout: Layout, zero: Zero) -> list[Collective]:
     accumulation = split_of(subject, layout, zero.ranks).accumulation
-    return collectives(subject.parameters, zero, accumulation, features_of(subject, layout, zero.ranks))
+    features = features_of(subject, layout, zero.ranks)
+    key = (zero, accumulation, features)
+    if key not in subject.kept:
+        subject.kept[key] = collectives(subject.parameters, zero, accumulation, features)
+    if layout.sharing == 1:
+        return subject.kept[key]
+    load, engine = subject.load(layout.checkpointing, layout.sharing), engine_of(subject, layout)
+    sent = {kind: size * layout.micro_rows for kind, size in load.sent.items()}
+    return [*subject.kept[key], *exchanges(sent, load.messages, engine, accumulation)]
 
 
 def step_time(subject: Subject, layout: Layout, zero: Zero, states: ModelStates, gpu: Gpu, fabric: Fabric) -> StepTime:
@@ -74,8 +83,8 @@ def step_time(subject: Subject, layout: Layout, zero: Zero, states: ModelStates,
     twice = subject.config.objectives.contrastive is not None and accumulation > 1
     peak = 1e12 * (gpu.fp32_tflops if subject.config.engine.precision == "fp32" else gpu.bf16_tflops)
     products, attention = _seconds_of_products(subject, layout, zero.ranks, twice, peak, gpu)
-    load = subject.loads[layout.checkpointing]
-    passes = 1 + 2 * subject.learns + moves_again(layout.engine(subject.config.engine))
+    load = subject.load(layout.checkpointing, layout.sharing)
+    passes = 1 + 2 * subject.learns + moves_again(engine_of(subject, layout))
     moved = (passes * load.moved + twice * load.moved_by_towers) * layout.micro_rows
     elementwise = moved / (1e9 * gpu.memory_gb_per_s * gpu.memory)
     least = (passes + twice) * load.launches * LAUNCH_S
@@ -91,22 +100,25 @@ def step_time(subject: Subject, layout: Layout, zero: Zero, states: ModelStates,
 def flops_of_rows(subject: Subject, layout: Layout, ranks: int, *, rows: float, useful: bool) -> dict[str, Flops]:
     """Room -> FLOPs of `rows` rows, as asked for or as executed, the contrastive part of one rank left out."""
     counts = (subject.useful if useful else subject.executed) * rows
-    again = products_again(layout.engine(subject.config.engine))
+    again = products_again(engine_of(subject, layout))
     return step_flops(subject.flops, counts, blocks_again=again)
 
 
 def model_flops(subject: Subject, layout: Layout) -> float:
-    """FLOPs that the model needs per step: the numerator of MFU."""
-    rows = subject.config.batches.rows_per_step
-    return sum(flops.model for flops in flops_of_rows(subject, layout, 1, rows=rows, useful=True).values())
+    """FLOPs that the model needs per step, whatever the layout: the numerator of MFU."""
+    if "model_flops" not in subject.kept:
+        rows = subject.config.batches.rows_per_step
+        found = flops_of_rows(subject, layout, 1, rows=rows, useful=True)
+        subject.kept["model_flops"] = sum(flops.model for flops in found.values())
+    return subject.kept["model_flops"]
 
 
 def _seconds_of_products(
     subject: Subject, layout: Layout, ranks: int, twice: bool, peak: float, gpu: Gpu
 ) -> tuple[float, float]:
     """Seconds of products and of attention in one micro-step."""
-    counts = subject.executed * layout.micro_rows
-    again = products_again(layout.engine(subject.config.engine))
+    counts = subject.executed * (layout.micro_rows / layout.sharing)  # of attention a share of the heads
+    again = products_again(engine_of(subject, layout))
     seconds = {True: 0.0, False: 0.0}
     for piece in subject.flops:
         # Only attention computes its forward pass again whatever the layout, beside the loss and the similarities.

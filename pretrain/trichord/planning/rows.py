@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RowSplit:
-    """rows: of the global batch, one from each lane; accumulation: micro-steps per step, equal on all ranks.
+    """rows: of the global batch, one from each lane; accumulation: micro-steps per step, equal on all ranks; sharing:
+    neighbouring ranks that hold the same rows.
 
     wasted_frac: share of the computed rows that are empty, because rows do not divide evenly.
     """
@@ -16,15 +17,21 @@ class RowSplit:
     rows: int
     world_size: int
     micro_rows: int
+    sharing: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks with rows of their own."""
+        return self.world_size // self.sharing
 
     @property
     def accumulation(self) -> int:
-        """ceil(rows / (world_size * micro_rows))."""
-        return math.ceil(self.rows / (self.world_size * self.micro_rows))
+        """ceil(rows / (groups * micro_rows))."""
+        return math.ceil(self.rows / (self.groups * self.micro_rows))
 
     @property
     def computed_rows(self) -> int:
-        return self.accumulation * self.world_size * self.micro_rows
+        return self.accumulation * self.groups * self.micro_rows
 
     @property
     def wasted_frac(self) -> float:
@@ -33,7 +40,7 @@ class RowSplit:
     @property
     def idle_ranks(self) -> int:
         """Ranks that never have a row."""
-        return max(0, self.world_size - self.rows)
+        return max(0, self.groups - self.rows) * self.sharing
 
     def better(self) -> RowSplit | None:
         """The largest smaller `micro_rows` that wastes less, or None if this split wastes nothing or none is better.
@@ -41,7 +48,7 @@ class RowSplit:
         It never changes what is trained: rows and their order stay the same.
         """
         for micro_rows in range(self.micro_rows - 1, 0, -1):
-            split = RowSplit(self.rows, self.world_size, micro_rows)
+            split = RowSplit(self.rows, self.world_size, micro_rows, self.sharing)
             if split.wasted_frac < self.wasted_frac:
                 return split
         return None

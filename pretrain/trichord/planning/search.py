@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from trichord.core.errors import ConfigError
 from trichord.planning.gpus import Fabric, Gpu
-from trichord.planning.layout import Layout, Memory, memory_of, split_of, states_of, usable_bytes
+from trichord.planning.layout import (
+    CONTEXT_BYTES,
+    Layout,
+    Memory,
+    check_groups,
+    memory_of,
+    split_of,
+    states_of,
+    usable_bytes,
+)
 from trichord.planning.memory import ModelStates
 from trichord.planning.recomputation import MODES
 from trichord.planning.roofline import StepTime, model_flops, step_time
@@ -39,6 +49,7 @@ class Outcome:
             "idle_ranks": self.idle_ranks,
             "offload": self.layout.offload,
             "activation_checkpointing": self.layout.checkpointing,
+            "sequence_parallel": self.layout.sharing,
             "device_bytes": self.memory.device_bytes,
             "step_s": self.time.total,
             "mfu_frac": self.mfu_frac,
@@ -72,29 +83,54 @@ def judge(subject: Subject, layout: Layout, ranks: int, machine: Machine) -> Out
     return Outcome(layout, ranks, split.accumulation, split.idle_ranks, states, memory, time, mfu, fits)
 
 
-def layouts(subject: Subject, ranks: int) -> Iterator[Layout]:
-    """All layouts that the config allows: every stage, offload and kind of activation checkpointing, and as many rows
-    per micro-step as do not leave more rows empty than one row per micro-step does."""
-    rows = -(-subject.config.batches.rows_per_step // ranks)
+def layouts(subject: Subject, ranks: int, sharing: int = 1) -> Iterator[Layout]:
+    """All layouts that the config allows, with so many ranks that share rows: every stage, offload and kind of
+    activation checkpointing, and as many rows per micro-step as do not leave more rows empty than one row per
+    micro-step does."""
+    rows = -(-subject.config.batches.rows_per_step // (ranks // sharing))
     # Only divisors of a rank's rows: others would compute empty ones.
     sizes = [size for size in range(1, min(rows, _MAX_MICRO_ROWS) + 1) if rows % size == 0]
     for stage in (0, 1, 2, 3):
         for offload in ("none", "optimizer", "all"):
             for mode in MODES:
-                try:
-                    Layout(stage, 1, offload, mode).engine(subject.config.engine)
-                except ValueError:
-                    continue
-                yield from (Layout(stage, size, offload, mode) for size in sizes)
+                for size in sizes:
+                    layout = Layout(stage, size, offload, mode, sharing)
+                    if _is_allowed(subject, layout, ranks):
+                        yield layout
+
+
+def _is_allowed(subject: Subject, layout: Layout, ranks: int) -> bool:
+    try:
+        check_groups(subject, layout, ranks)
+    except (ConfigError, ValueError):
+        return False
+    return True
 
 
 def best_layout(subject: Subject, ranks: int, machine: Machine) -> Outcome | None:
-    """The fastest layout that fits; of equally fast ones that with the most memory left; None where none fits."""
-    outcomes = (judge(subject, layout, ranks, machine) for layout in layouts(subject, ranks))
-    fitting = [outcome for outcome in outcomes if outcome.fits]
+    """The fastest layout that fits; of equally fast ones that with the most memory left; None where none fits.
+
+    Rows are shared only where nothing fits without, among as few ranks as possible, all of one node."""
+    sharing = 1
+    while sharing <= min(ranks, machine.fabric.gpus_per_node):
+        if ranks % sharing == 0 and (best := _fastest(subject, ranks, machine, sharing)) is not None:
+            return best
+        sharing *= 2
+    return None
+
+
+def _fastest(subject: Subject, ranks: int, machine: Machine, sharing: int) -> Outcome | None:
+    limit = usable_bytes(machine.gpu) - CONTEXT_BYTES
+    # Without its activations first: most of what does not fit shows there, and costs no look at the model.
+    possible = [
+        layout
+        for layout in layouts(subject, ranks, sharing)
+        if states_of(subject, layout, ranks)[1].in_backward <= limit
+    ]
+    fitting = [outcome for layout in possible if (outcome := judge(subject, layout, ranks, machine)).fits]
     return min(fitting, key=lambda o: (round(o.time.total, 4), o.memory.device_bytes), default=None)
 
 
-def scaling(subject: Subject, machine: Machine) -> list[Outcome | None]:
+def scaling(subject: Subject, machine: Machine) -> Iterator[Outcome | None]:
     """The best layout on each number of GPUs of `SCALES`, the same global batch throughout."""
-    return [best_layout(subject, ranks, machine) for ranks in SCALES]
+    return (best_layout(subject, ranks, machine) for ranks in SCALES)

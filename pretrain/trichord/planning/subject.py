@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -21,9 +21,9 @@ from trichord.fusion.model import ROOMS, Trichord, build_model
 from trichord.layers.config import LayersConfig
 from trichord.layers.recompute import Recompute
 from trichord.objectives.config import ObjectivesConfig
+from trichord.planning.alike import Trace
 from trichord.planning.comms import TOWERS
-from trichord.planning.recomputation import MODES
-from trichord.planning.trace import Rule, ShapeModel, Trace
+from trichord.planning.trace import Rule, ShapeModel
 from trichord.planning.typical import RowMaker
 from trichord.planning.workload import DataOfRun, SourceLoad, Workload
 from trichord.planning.zero import Parameter, parameters_of
@@ -56,15 +56,18 @@ class RunToPlan(DataOfRun, Protocol):
 
 @dataclass(frozen=True)
 class RowLoad:
-    """Of one row in a micro-batch. saved: room -> bytes of activations kept for the backward pass; block: bytes of the
-    largest block's (0 where nothing is recomputed); moved, moved_by_towers: bytes that a forward pass reads and
-    writes outside of products and attention. launches: kernels of a forward pass, however many rows."""
+    """Of one row in a micro-batch, on one of the ranks that share it. saved: room -> bytes of activations kept for the
+    backward pass; block: bytes of the largest block's (0 where nothing is recomputed); moved, moved_by_towers: bytes
+    that a forward pass reads and writes outside of products and attention; sent: kind of exchange with those ranks ->
+    bytes put in. launches: kernels of a forward pass, and messages of each kind, however many rows."""
 
     saved: dict[str, float]
     block: float
     moved: float
     moved_by_towers: float
     launches: int
+    sent: dict[str, float] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -85,6 +88,10 @@ class Subject:
         self.flops: list[Piece] = flop_table(self.model)
         self._rows = RowMaker(config.batches, config.samples, config.encoders, config.fusion, self.special)
         self._batch = self._rows.batch(workload, _TRACED_ROWS)
+        self._shapes = ShapeModel(self.model, half=config.engine.precision in ("bf16", "fp16"))
+        self._traces: dict[tuple[str, int], Trace] = {}
+        self.kept: dict[Any, Any] = {}
+        """What follows from a layout, by that layout: a search asks for it again and again."""
 
     @property
     def learns(self) -> bool:
@@ -100,26 +107,40 @@ class Subject:
         """What a row asks for."""
         return useful_counts(self._batch, self.model) * (1 / _TRACED_ROWS)
 
-    @cached_property
-    def loads(self) -> dict[Recompute, RowLoad]:
-        """Activations per row under each kind of activation checkpointing."""
-        found: dict[Recompute, RowLoad] = {}
-        plain = self._plain
-        largest = max(plain.blocks.values(), default=0) / _TRACED_ROWS
-        moved = sum(plain.moved.values()) / _TRACED_ROWS + self._logit_bytes
-        towers = sum(plain.moved.get(room, 0) for room in TOWERS) / _TRACED_ROWS
-        for mode in MODES:
-            trace = plain if mode == "none" else self._trace(mode, self._batch)
-            saved = {room: size / _TRACED_ROWS for room, size in trace.saved.items()}
+    def load(self, mode: Recompute, shared: int = 1) -> RowLoad:
+        """Of a row under a kind of activation checkpointing, where so many ranks share it."""
+        if (mode, shared) not in self.kept:
+            self.kept[mode, shared] = self._load(mode, shared)
+        return self.kept[mode, shared]
+
+    def _load(self, mode: Recompute, shared: int) -> RowLoad:
+        rows = self._rows_to_trace(shared)
+        batch = self._batch if rows == _TRACED_ROWS else self._rows.batch(self.workload, rows)
+        if ("none", shared) not in self._traces:
+            self._traces["none", shared] = self._trace("none", batch, shared)
+        plain = self._traces["none", shared]
+        trace = plain if mode == "none" else self._trace(mode, batch, shared)
+        towers = sum(plain.moved.get(room, 0) for room in TOWERS)
+        return RowLoad(
+            saved={room: size / rows for room, size in trace.saved.items()},
             # With every block kept there is none to recompute.
-            block = 0.0 if mode == "none" else largest
-            found[mode] = RowLoad(saved, block, moved, towers, plain.launches)
-        return found
+            block=0.0 if mode == "none" else max(plain.blocks.values(), default=0) / rows,
+            moved=sum(plain.moved.values()) / rows + self._logit_bytes / shared,
+            moved_by_towers=towers / rows,
+            launches=plain.launches,
+            sent={kind: size / rows for kind, size in plain.sent.items()},
+            messages=plain.messages,
+        )
+
+    def _rows_to_trace(self, shared: int) -> int:
+        """As few as their tokens can be shared out."""
+        divides = _TRACED_ROWS * self.config.batches.row_tokens % shared == 0
+        return _TRACED_ROWS if divides else shared
 
     @cached_property
     def heaviest(self) -> tuple[str, float]:
         """The source whose rows keep the most, and how many times a typical row's activations that is, at least 1."""
-        typical = self.loads["none"].total
+        typical = self.load("none").total
         found = ("", 1.0)
         for source in self._different_sources():
             alone = Workload((replace(source, share=1.0),), ())
@@ -149,15 +170,11 @@ class Subject:
             2 * self.executed.labels * trunk.lm_head.out_features * (4 if self.config.engine.precision == "fp32" else 2)
         )
 
-    @cached_property
-    def _plain(self) -> Trace:
-        return self._trace("none", self._batch)
-
-    def _trace(self, mode: Recompute, batch: Any) -> Trace:
+    def _trace(self, mode: Recompute, batch: Any, shared: int = 1) -> Trace:
         engine = self.config.engine
-        every = engine.checkpoint_every_blocks
-        shapes = ShapeModel(self._build(), half=engine.precision in ("bf16", "fp16"), recompute=mode, every=every)
-        return shapes.trace(batch, self.rule, autocast=engine.precision == "autocast_bf16")
+        autocast = engine.precision == "autocast_bf16"
+        options = {"autocast": autocast, "recompute": mode, "every": engine.checkpoint_every_blocks}
+        return self._shapes.trace(batch, self.rule, **options, shared=shared)
 
     def _build(self) -> Trichord:
         config = self.config

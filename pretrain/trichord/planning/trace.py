@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ from trichord.fusion.model import Trichord
 from trichord.layers.blocks import block_lists
 from trichord.layers.recompute import KEPT_OPS, Recompute
 from trichord.layers.selection import ENVIRONMENT
+from trichord.planning.alike import Trace, one_of_alike
+from trichord.planning.sharing import ShapeGroup
 from trichord_kernels.dispatch import HAS_TRITON
 
 Rule = Literal["reference", "triton"]
@@ -53,46 +55,43 @@ _GATHERS = ("embedding", "index", "index_select", "gather")  # read as much as t
 _ATTENTION = ("scaled_dot_product", "attention")
 
 
-@dataclass
-class Trace:
-    """saved: room -> bytes that the backward pass needs; blocks: block (a layer of a tower or the trunk) -> its part of
-    them; moved: room -> bytes read and written by everything but products and attention; launches: ops executed."""
-
-    saved: dict[str, int] = field(default_factory=dict)
-    blocks: dict[str, int] = field(default_factory=dict)
-    moved: dict[str, int] = field(default_factory=dict)
-    launches: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.saved.values())
-
-
 class ShapeModel:
     """A model of shapes. `half`: parameters in bfloat16, as ZeRO keeps them under precision bf16 (fp16 alike)."""
 
-    def __init__(self, model: Trichord, *, half: bool = False, recompute: Recompute = "none", every: int = 1):
-        """model: on the meta device; it is taken over. recompute, every: as `engine.activation_checkpointing` and
-        `engine.checkpoint_every_blocks`."""
+    def __init__(self, model: Trichord, *, half: bool = False):
+        """model: on the meta device; it is taken over."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._blocks = {id(block) for blocks in block_lists(model) for block in blocks}
-        self._keeps_products = recompute == "selective"
-        model.enable_activation_checkpointing(recompute, every)
         self.model = (model.to(torch.bfloat16) if half else model).train()
         with _parameters_replaced():
             self.model._apply(self._fake)
 
-    def trace(self, batch: PackedBatch, rule: Rule, autocast: bool = False) -> Trace:
+    def trace(
+        self,
+        batch: PackedBatch,
+        rule: Rule,
+        *,
+        autocast: bool = False,
+        recompute: Recompute = "none",
+        every: int = 1,
+        shared: int = 1,
+    ) -> Trace:
         """Record one forward pass over a CPU batch.
+
+        recompute, every: as `engine.activation_checkpointing` and `engine.checkpoint_every_blocks`; shared: ranks that
+        share the batch; it is the pass of the one with the most of it.
 
         Raises:
             ValueError: rule `triton` where triton is not installed.
         """
         if rule == "triton" and not HAS_TRITON:
             raise ValueError("rule triton: the ops are registered only where triton is installed")
+        batch = batch.shared(shared - 1, shared)
         batch = replace(batch, **{name: self._fake(getattr(batch, name)) for name in _MEDIA})
-        recorder = _Recorder(self.model, self._blocks, self._keeps_products)
         with ExitStack() as stack:
+            stack.enter_context(_recomputed(self.model, recompute, every))
+            recorder = _Recorder(self.model, keeps_products=recompute == "selective")
+            self.model.sequence = ShapeGroup(shared, recorder.sent) if shared > 1 else None
+            stack.enter_context(one_of_alike(self.model, recorder.trace, every if recompute != "none" else 1))
             stack.enter_context(_kernels(rule))
             stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=autocast))
             stack.enter_context(recorder.hooks())
@@ -108,11 +107,12 @@ class ShapeModel:
 
 
 class _Recorder:
-    """Collects while the model runs; knows by forward hooks which module is running. blocks: their ids; keeps_products:
-    inside of blocks, results of products are kept by the recomputation itself, which no hook of autograd sees."""
+    """Collects while the model runs; knows by forward hooks which module is running. keeps_products: inside of blocks,
+    results of products are kept by the recomputation itself, which no hook of autograd sees."""
 
-    def __init__(self, model: nn.Module, blocks: set[int], keeps_products: bool):
+    def __init__(self, model: nn.Module, keeps_products: bool):
         self.model = model
+        blocks = {id(block) for blocks in block_lists(model) for block in blocks}
         self.blocks = {name for name, module in model.named_modules() if id(module) in blocks}
         self.keeps_products = keeps_products
         self.trace = Trace()
@@ -151,6 +151,12 @@ class _Recorder:
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(tensor, Tensor):
                     self._save(tensor)
+
+    def sent(self, size: float) -> None:
+        """An exchange with the ranks that share the batch."""
+        kind = "features" if self._block is None else "attention"
+        self.trace.sent[kind] = self.trace.sent.get(kind, 0) + round(size)
+        self.trace.messages[kind] = self.trace.messages.get(kind, 0) + 1
 
     @property
     def _block(self) -> str | None:
@@ -197,6 +203,17 @@ def _bytes(value: Any) -> int:
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def _recomputed(model: Trichord, recompute: Recompute, every: int) -> Iterator[None]:
+    blocks = [(block, block.__class__) for blocks in block_lists(model) for block in blocks]
+    model.enable_activation_checkpointing(recompute, every)
+    try:
+        yield
+    finally:
+        for block, old in blocks:
+            block.__class__ = old
 
 
 @contextmanager

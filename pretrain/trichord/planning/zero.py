@@ -83,7 +83,8 @@ def _recomputed(block: nn.Module) -> list[nn.Parameter]:
 class Zero:
     """ZeRO of a run on `ranks` ranks. weight_bytes: of an element of weights and gradients; bucket, live, reuse,
     prefetch, persistence: elements, as DeepSpeed's keys of those names; overlap: gradients are reduced during the
-    backward pass; recomputed: share of the blocks that activation checkpointing runs again."""
+    backward pass; recomputed: share of the blocks that activation checkpointing runs again; hpz: ranks over which a
+    second copy of the weights lies; muon: its matrices are a group of the optimizer of their own."""
 
     stage: int
     ranks: int
@@ -97,6 +98,8 @@ class Zero:
     prefetch: int
     persistence: int
     recomputed: float = 0.0
+    hpz: int = 1
+    muon: bool = False
 
     @classmethod
     def of(cls, engine: EngineConfig, ranks: int, num_parameters: int | None = None) -> Zero:
@@ -123,7 +126,17 @@ class Zero:
             prefetch=int(zero["stage3_prefetch_bucket_size"]),
             persistence=int(zero["stage3_param_persistence_threshold"]),
             recomputed=moves_again(engine),
+            hpz=engine.hpz_ranks,
+            muon=engine.optimizer == "muon",
         )
+
+    def groups(self, parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+        """What learns, by group of the optimizer, in its order: Muon's matrices, matrices, vectors; none is empty."""
+        groups: dict[int, list[Parameter]] = {0: [], 1: [], 2: []}
+        for p in parameters:
+            if p.trainable:
+                groups[0 if self.muon and p.is_hidden else 1 if p.is_matrix else 2].append(p)
+        return [group for group in groups.values() if group]
 
     def own(self, parameters: Iterable[Parameter]) -> int:
         """Elements of a rank's partition of them; all of them at stage 0."""
@@ -136,13 +149,13 @@ class Zero:
     def gradient_elements(self, trainable: Sequence[Parameter], rank: int | None = None) -> int:
         """Elements of reduced gradients that a rank holds as the update begins; rank None: the one with the most.
 
-        At stages 1 and 2 parameters lie end to end, matrices first, and a rank keeps the whole gradient of every one
+        At stages 1 and 2 the parameters of a group lie end to end, and a rank keeps the whole gradient of every one
         that its part of the line touches.
         """
         if self.stage in (0, 3):
             return self.own(trainable)
         touched = np.zeros(self.ranks + 1, dtype=np.int64)
-        for group in ([p for p in trainable if p.is_matrix], [p for p in trainable if not p.is_matrix]):
+        for group in self.groups(trainable):
             sizes = np.array([p.numel for p in group], dtype=np.int64)
             part = max(1, -(-int(sizes.sum()) // self.ranks))
             ends = np.cumsum(sizes)
@@ -154,6 +167,12 @@ class Zero:
     def persistent(self, parameters: Sequence[Parameter]) -> int:
         """Elements that stage 3 keeps whole on every rank beside its partition: those of small parameters."""
         return sum(p.numel for p in parameters if p.numel < self.persistence) if self.stage == 3 else 0
+
+    def second_copy(self, parameters: Sequence[Parameter]) -> int:
+        """Elements of the second copy of the weights that hpZ keeps: of all but small ones."""
+        if self.hpz == 1:
+            return 0
+        return sum(-(-p.numel // self.hpz) for p in parameters if p.numel >= self.persistence)
 
     def gradient_bytes(self, parameters: Iterable[Parameter]) -> int:
         """Bytes of the gradients of all trainable ones, as they travel."""

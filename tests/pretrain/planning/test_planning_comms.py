@@ -46,6 +46,41 @@ def test_features_of_all_ranks_are_exchanged():
     assert sizes["feature gradients"] == 4 * (4 * 32 + 1) * 64 * 2
 
 
+def sizes_of(parameters, accumulation=1, ranks=2, features=None, **engine) -> dict[str, tuple[int, int | None]]:
+    overlay = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}}
+    config = EngineConfig(**engine, deepspeed=overlay if engine["zero_stage"] == 3 else {})
+    found = collectives(parameters, Zero.of(config, ranks), accumulation, features)
+    return {c.what: (c.bytes, c.ranks) for c in found}
+
+
+def test_with_hpz_only_the_first_gather_of_what_learns_leaves_the_node():
+    """16 bytes of weights that learn and 8 that do not; their second copy outlives the update."""
+    parameters = [Parameter("trunk", 8, True, 1, True, True, False), Parameter("trunk", 4, False, 1, True, True, False)]
+    sizes = sizes_of(parameters, 3, ranks=8, zero_stage=3, precision="bf16", hpz_ranks=4)
+    assert sizes["weights, first"] == (16, None)
+    assert sizes["weights, forward"] == (3 * 24 - 16, 4)
+    assert sizes["weights, backward"] == (3 * 24, 4)
+
+
+def test_matrices_of_muon_meet_on_a_rank_and_go_back():
+    """fp32, two ranks. Stage 3: rank 0 puts in half of each of three, and has two of them to hand back. Stage 1: a line
+    of 28 is cut at 14, in the second matrix, which begins at 10."""
+    sizes = (10, 12, 6)
+    parameters = [Parameter("trunk", size, True, 1, True, True, False) for size in sizes]
+    options = {"precision": "fp32", "optimizer": "muon"}
+    assert sizes_of(parameters, zero_stage=3, **options)["matrices of muon"] == (4 * (14 + 10 + 6), None)
+    assert sizes_of(parameters, zero_stage=1, **options)["matrices of muon"] == (4 * (4 + 12), None)
+    assert "matrices of muon" not in sizes_of(parameters, zero_stage=0, **options)
+
+
+def test_an_all_to_all_has_peers_in_the_node_and_a_part_of_the_network_between_nodes():
+    swap = Collective("tokens for heads", "all_to_all", 10**9, 2, ranks=4)
+    assert swap.sent(64) == pytest.approx(0.75e9)
+    assert swap.seconds(FABRIC, 64) == pytest.approx(2 * 3e-6 + 0.75 / 200)
+    wide = Collective("matrices of muon", "all_to_all", 10**9, 1)
+    assert wide.seconds(FABRIC, 16) == pytest.approx(7e-6 + 1e-5 + 15 / 16 / 12.5)
+
+
 def test_time_inside_a_node_is_latency_and_bandwidth_of_a_ring():
     all_reduce = Collective("gradients", "all_reduce", 8 * 10**9, 1)
     assert all_reduce.seconds(FABRIC, 8) == pytest.approx(2 * 7e-6 + 2 * 7 / 8 * 8 / 200)

@@ -129,6 +129,18 @@ def test_accumulation_is_what_the_busiest_rank_needs(world_size, micro_rows):
         assert split.wasted_frac == pytest.approx(empty / split.computed_rows)
 
 
+def test_ranks_that_share_rows_are_one_where_rows_are_dealt():
+    split = RowSplit(64, 16, 2, sharing=4)
+    assert (split.groups, split.accumulation, split.idle_ranks) == (4, 8, 0)
+    assert RowSplit(3, 16, 1, sharing=4).idle_ranks == 4
+    assert RowSplit(3, 16, 1, sharing=4).wasted_frac == pytest.approx(1 / 4)
+
+
+def test_hpz_keeps_a_second_copy_of_all_but_small_weights():
+    plain, hpz = (states_of(1000, zero_stage=3, precision="bf16", ranks=10, hpz_ranks=size) for size in (1, 5))
+    assert hpz.weights - plain.weights == 2 * 1000 // 5
+
+
 def test_a_better_split_is_offered_only_if_there_is_one():
     assert RowSplit(64, 8, 4).better() is None
     assert RowSplit(24, 4, 4).better().micro_rows == 3

@@ -9,10 +9,12 @@ from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
 from trichord.fusion.model import build_model
 from trichord.planning.gpus import CATALOG, Fabric
-from trichord.planning.layout import Layout
-from trichord.planning.plan import Question, plan, save_plan
+from trichord.planning.layout import Layout, states_of
+from trichord.planning.plan import Question, plan
 from trichord.planning.render import render_plan
-from trichord.planning.search import Machine, best_layout, judge
+from trichord.planning.roofline import collectives_of
+from trichord.planning.saving import check_place, save_plan
+from trichord.planning.search import Machine, best_layout, judge, layouts
 from trichord.planning.subject import Subject
 from trichord.planning.workload import find_workload
 
@@ -186,6 +188,70 @@ def test_the_overlay_is_the_best_layout_and_loads(facts, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"expected a name that ends in .json"):
         save_plan(tmp_path / "plan.txt", facts)
+
+
+def test_where_it_is_written_is_looked_at_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "plan.json").mkdir()
+    check_place(tmp_path / "new" / "deeper" / "plan.json")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*/file is no folder"):
+        check_place(tmp_path / "file" / "plan.json")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*/plan.json is a folder"):
+        check_place(tmp_path / "plan.json")
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_are_shared_only_where_nothing_fits_without(subject):
+    """On 4 GPUs that are a little too small for any layout without."""
+    least = min(judge(subject, layout, 4, machine_of(80)).memory.device_bytes for layout in layouts(subject, 4))
+    tight = machine_of((least - 2**10) / 2**30)
+    assert all(not judge(subject, layout, 4, tight).fits for layout in layouts(subject, 4))
+    found = best_layout(subject, 4, tight)
+    assert found is not None
+    assert found.layout.sharing == 2
+    assert found.accumulation == -(-64 // (2 * found.layout.micro_rows)), "two groups of two"
+    assert found.layout.overlay()["engine"]["sequence_parallel"] == 2
+    one_by_one = replace(tight, fabric=replace(tight.fabric, gpus_per_node=1))
+    assert best_layout(subject, 4, one_by_one) is None, "groups stay inside a node"
+
+
+def test_ranks_that_share_rows_have_a_part_of_each_and_exchange_it(subject):
+    alone, shared = (judge(subject, Layout(1, 4, "none", "none", size), 4, machine_of(80)) for size in (1, 2))
+    assert shared.accumulation == 2 * alone.accumulation
+    assert shared.states == alone.states, "states are divided over all ranks"
+    assert 0.4 < shared.memory.activations / alone.memory.activations < 0.7
+    assert shared.memory.loss < alone.memory.loss
+    sent = {}
+    for size, accumulation in ((1, 4), (2, 8)):
+        layout = Layout(1, 4, "none", "full", size)
+        found = collectives_of(subject, layout, states_of(subject, layout, 4)[0])
+        sent[size] = {c.what: c for c in found}
+        assert sent[size]["features"].bytes % (4 * 8 * 4 * accumulation) == 0, "slots of a rank do not shrink"
+    exchange = sent[2]["tokens for heads"]
+    per_token = 4 * 32 * 2  # q, k, v and the result, 2 heads of 16, bf16
+    assert exchange.bytes == 8 * 3 * (4 * 256 // 2) * per_token, "forwards, backwards, and in the recomputation"
+    assert (exchange.messages, exchange.ranks) == (8 * 3 * 2, 2)
+    assert set(sent[2]) - set(sent[1]) == {"tokens for heads", "features of items"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "message"),
+    [
+        (3, ("engine.sequence_parallel=2",), "which does not divide the 3 ranks"),
+        (4, ("engine.sequence_parallel=4",), "does not divide the 2 attention heads"),
+        (2, ("engine.hpz_ranks=4", "engine.zero_stage=3"), "hpz_ranks is 4, which does not divide 2 GPUs"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(gpus, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(config_of(*overrides), Question(gpus, vocab_size=100))
+
+
+def test_progress_begins_at_once_and_ends(config):
+    seen = []
+    plan(config, Question(2, vocab_size=100), lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(len(seen)))
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_mfu_cannot_pass_what_was_assumed_of_products(subject):
