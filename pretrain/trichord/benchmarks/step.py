@@ -27,6 +27,7 @@ from trichord.core.errors import TrichordError
 
 CORPUS_SAMPLES = 128
 WARM_STEPS = 3
+NUM_LAYERS, ROW_TOKENS = 6, 512
 _TIMEOUT_S = 3600.0
 
 
@@ -34,7 +35,8 @@ _TIMEOUT_S = 3600.0
 class StepRequest:
     """What the ranks of one measurement do. stage: ZeRO's; pairs: rounds in which every contestant takes one step.
 
-    accumulation: micro-batches per step; folder: of the corpus, and for what the loop records.
+    accumulation: micro-batches per step; folder: of the corpus, and for what the loop records; num_layers: of the
+    decoder, row_tokens: of its rows.
     """
 
     contestants: tuple[str, ...]
@@ -42,6 +44,8 @@ class StepRequest:
     accumulation: int
     pairs: int
     folder: str
+    num_layers: int = NUM_LAYERS
+    row_tokens: int = ROW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,34 @@ class Ratio:
 
 
 def bench_step(
-    folder: Path, stages: Sequence[int], ranks: int, pairs: int, say: Callable[[str], None]
+    folder: Path,
+    stages: Sequence[int],
+    ranks: int,
+    pairs: int,
+    say: Callable[[str], None],
+    *,
+    num_layers: int = NUM_LAYERS,
+    row_tokens: int = ROW_TOKENS,
 ) -> list[dict[str, Any]]:
-    """One row per stage and baseline.
+    """One row per stage and baseline; num_layers and row_tokens are the decoder's, at least 256 for a whole sample.
 
     Raises:
         TrichordError: a rank failed; with the end of what it said.
     """
     make_corpus(folder / "corpus", CORPUS_SAMPLES)
+    size = {"num_layers": num_layers, "row_tokens": row_tokens}
     rows = []
     for stage in stages:
         contestants = ("trichord", "deepspeed", "ddp")
         say(f"ZeRO stage {stage}, {ranks} ranks, {pairs} pairs ...")
-        seconds = _measure(StepRequest(contestants, stage, 1, pairs, str(folder)), ranks)
+        seconds = _measure(StepRequest(contestants, stage, 1, pairs, str(folder), **size), ranks)
         rows += [
             _row(f"stage {stage}: trichord / deepspeed", seconds["trichord"], seconds["deepspeed"]),
             _row(f"stage {stage}: trichord / ddp", seconds["trichord"], seconds["ddp"]),
             _row(f"stage {stage}: deepspeed / ddp", seconds["deepspeed"], seconds["ddp"]),
         ]
     say(f"ragged texts, 1 rank, {pairs} pairs ...")
-    per_token = _measure(StepRequest(("packed", "trainer"), 1, 1, pairs, str(folder)), 1)
+    per_token = _measure(StepRequest(("packed", "trainer"), 1, 1, pairs, str(folder), **size), 1)
     rows.append(_row("ragged texts, per useful token: trichord / trainer", per_token["packed"], per_token["trainer"]))
     return rows
 

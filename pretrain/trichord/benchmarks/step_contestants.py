@@ -55,7 +55,7 @@ def tri_modal_config(request: StepRequest) -> RunConfig:
                 "tokenizer": str(corpus / "tokenizer"),
                 "rows_per_step": 2 * ranks * request.accumulation,
                 "micro_rows": 2,
-                "row_tokens": 512,
+                "row_tokens": request.row_tokens,
                 "max_samples_per_row": 8,
             },
             "encoders": {
@@ -65,7 +65,7 @@ def tri_modal_config(request: StepRequest) -> RunConfig:
                 },
                 "audio": {"mel": {"n_mels": 40}, "hidden_size": 128, "num_layers": 2, "num_heads": 4, "stride": 8},
             },
-            "fusion": {"kind": "interleave", "trunk": TRUNK},
+            "fusion": {"kind": "interleave", "trunk": trunk_of(request)},
             "objectives": {"next_token": {}},
             "engine": {"zero_stage": request.stage, "precision": "fp32", "lr": 1e-4},
             "tracking": {"wandb": {"mode": "off"}},
@@ -73,14 +73,15 @@ def tri_modal_config(request: StepRequest) -> RunConfig:
     )
 
 
-TRUNK = {
-    "family": "llama",
-    "hidden_size": 320,
-    "intermediate_size": 1024,
-    "num_layers": 6,
-    "num_heads": 5,
-    "num_kv_heads": 5,
-}
+def trunk_of(request: StepRequest) -> dict[str, Any]:
+    return {
+        "family": "llama",
+        "hidden_size": 320,
+        "intermediate_size": 1024,
+        "num_layers": request.num_layers,
+        "num_heads": 5,
+        "num_kv_heads": 5,
+    }
 
 
 def collect_batches(config: RunConfig) -> list[StepBatch]:

@@ -18,20 +18,20 @@ from trichord.batches.tokenizer import load_tokenizer, train_tokenizer
 from trichord.benchmarks.data_corpus import add_member
 from trichord.benchmarks.packing import ragged_captions
 from trichord.benchmarks.step import WARM_STEPS, StepRequest
-from trichord.benchmarks.step_contestants import TRUNK, collect_batches, training_step
+from trichord.benchmarks.step_contestants import collect_batches, training_step, trunk_of
 from trichord.config.run import RunConfig
 from trichord.engine.build import start_process_group
 
 _TEXTS = 2000
-_ROW_TOKENS, _ROWS = 512, 2
-_TRAINER_BATCH = 32  # holds about as many useful tokens as the packed rows
+_ROWS = 2
+_TEXT_TOKENS = 32  # useful ones of a text, about: Trainer's batch holds as many as the packed rows
 
 
 def measure_ragged(request: StepRequest) -> dict[str, list[float]]:
     """CPU seconds per useful token of each step of a decoder of the same shape on the same texts, in one process."""
     folder = Path(request.folder)
     texts = _write_captions(folder / "captions")
-    config = _packed_config(folder)
+    config = _packed_config(request)
     start_process_group(600.0)
     take = training_step(config, collect_batches(config))
 
@@ -41,7 +41,7 @@ def measure_ragged(request: StepRequest) -> dict[str, list[float]]:
         return (time.process_time() - started) / sum(micro.useful_tokens for micro in batch.micro_batches)
 
     seconds: dict[str, list[float]] = {"packed": [], "trainer": []}
-    _trainer(config, texts, packed, WARM_STEPS + request.pairs, seconds).train()
+    _trainer(config, request, texts, packed, seconds).train()
     return {name: steps[WARM_STEPS:] for name, steps in seconds.items()}
 
 
@@ -55,7 +55,8 @@ def _write_captions(folder: Path) -> list[str]:
     return texts
 
 
-def _packed_config(folder: Path) -> RunConfig:
+def _packed_config(request: StepRequest) -> RunConfig:
+    folder = Path(request.folder)
     return RunConfig.model_validate(
         {
             "run": {"name": "packed", "root": str(folder), "max_steps": 10_000},
@@ -64,9 +65,9 @@ def _packed_config(folder: Path) -> RunConfig:
                 "tokenizer": str(folder / "captions" / "tokenizer"),
                 "rows_per_step": _ROWS,
                 "micro_rows": _ROWS,
-                "row_tokens": _ROW_TOKENS,
+                "row_tokens": request.row_tokens,
             },
-            "fusion": {"kind": "interleave", "trunk": TRUNK},
+            "fusion": {"kind": "interleave", "trunk": trunk_of(request)},
             "objectives": {"next_token": {}},
             "engine": {"zero_stage": 1, "precision": "fp32", "lr": 1e-4},
             "tracking": {"wandb": {"mode": "off"}},
@@ -74,25 +75,28 @@ def _packed_config(folder: Path) -> RunConfig:
     )
 
 
-def _trainer(config: RunConfig, texts: list[str], packed: Any, steps: int, seconds: dict[str, list[float]]) -> Any:
+def _trainer(
+    config: RunConfig, request: StepRequest, texts: list[str], packed: Any, seconds: dict[str, list[float]]
+) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     tokenizer = load_tokenizer(config.batches.tokenizer)
     torch.manual_seed(0)
+    trunk = trunk_of(request)
     shape = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
-        hidden_size=TRUNK["hidden_size"],
-        intermediate_size=TRUNK["intermediate_size"],
-        num_hidden_layers=TRUNK["num_layers"],
-        num_attention_heads=TRUNK["num_heads"],
-        num_key_value_heads=TRUNK["num_kv_heads"],
+        hidden_size=trunk["hidden_size"],
+        intermediate_size=trunk["intermediate_size"],
+        num_hidden_layers=trunk["num_layers"],
+        num_attention_heads=trunk["num_heads"],
+        num_key_value_heads=trunk["num_kv_heads"],
     )
     special = tokenizer.special_ids
     rows = [[special["bos_id"], *tokenizer.encode(text), special["eos_id"]] for text in texts]
     arguments = TrainingArguments(
         output_dir=str(Path(config.run.root) / "trainer"),
-        per_device_train_batch_size=_TRAINER_BATCH,
-        max_steps=steps,
+        per_device_train_batch_size=_ROWS * request.row_tokens // _TEXT_TOKENS,
+        max_steps=WARM_STEPS + request.pairs,
         learning_rate=config.engine.lr,
         max_grad_norm=config.engine.max_grad_norm,
         use_cpu=True,

@@ -37,7 +37,7 @@ def test_a_slow_loop_is_judged_slow():
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_every_contestant_takes_its_steps(tmp_path):
-    rows = bench_step(tmp_path, [1], 2, PAIRS, lambda line: None)
+    rows = bench_step(tmp_path, [1], 2, PAIRS, lambda line: None, num_layers=1, row_tokens=256)
     assert [row["pairs"] for row in rows] == [PAIRS] * 4
     assert all(row["from"] <= row["ratio"] <= row["to"] for row in rows)
     lines = (tmp_path / "stage-1" / "metrics.jsonl").read_text().splitlines()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from trichord.cli import main
-from trichord.selftest import epochs
+from trichord.selftest import epochs, training
 from trichord.selftest.epochs import read_epochs
 from trichord.selftest.kills import InSave, chaos_cases, kill_at_random, random_split, resume_cases, to_json
 from trichord.selftest.training import Split, Spread, Trial
@@ -48,7 +48,9 @@ def test_killed_runs_go_on_as_if_nothing_had_been(trial, monkeypatch):
     last = json.loads(lines[-1])
     changed = json.dumps({**last, "train/loss": last["train/loss"] * (1 + 1e-4)})
     (trial.folder / "undisturbed" / "metrics.jsonl").write_text("\n".join([*lines[:-1], changed]) + "\n")
-    shutil.rmtree(trial.folder / "killed" / "checkpoints" / "step-000006")
+    last = trial.folder / "killed" / "checkpoints" / "step-000006"
+    last.rename(aside := trial.folder / "aside")
+    monkeypatch.setattr(training, "train_by_launcher", lambda *_: aside.rename(last))
     monkeypatch.setattr(trial, "spread", Spread({0: first + 0.1, 1: first + 0.2, 2: first + 0.3}, trial.tolerance))
     found = trial.resume("killed", "again", trial.split)
     assert found.faults[0] == "not equal bit for bit on the same split"
