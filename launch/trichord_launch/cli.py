@@ -62,7 +62,7 @@ def hosts(
     """Train on hosts without a scheduler, over ssh: show the commands, or start them with --start.
 
     The hosts share a file system, and ssh reaches them without a password. Ctrl-C saves a checkpoint and stops; pressed
-    twice it kills. Exit codes as of `local`.
+    twice it kills. Exit codes as of `local`, and 69: a host cannot be reached, or is not fit.
     """
     from trichord_launch import hosts as target
     from trichord_launch.supervise import tell

@@ -95,7 +95,7 @@ def clear_hosts(job: HostsJob, hosts: list[str], timeout_s: float, signals: Stop
         left = [f"{host}: {said}" for host, said in zip(hosts, answers, strict=True) if said]
     if not left:
         return ""
-    return f"ranks may be left on a host ({'; '.join(left)}); when none is, the same command goes on"
+    return f"ranks may be left on a host ({'; '.join(left)}); see that none is"
 
 
 def _clear_host(job: HostsJob, host: str, timeout_s: float, signals: StopSignals) -> str:

@@ -92,7 +92,8 @@ def supervise(
             why = why_not_restart(verdict, failures, max_restarts, bool(signals.received))
             why = why or reach.clear(attempt, verdict, signals)
             if why:
-                say(f"not started again: {why}")
+                again = "; the same command goes on, with --max-restarts N by itself" if lost else ""
+                say(f"not started again: {why}{again}")
                 return verdict
             failures.append(verdict)
             say(f"starting again from the last checkpoint ({len(failures)} of {max_restarts})")
@@ -205,11 +206,10 @@ def _told(lost: Mapping[str, str]) -> str:
 
 
 def _with_lost(verdict: Verdict, lost: Mapping[str, str]) -> Verdict:
-    """Of ranks that saved because their launcher seemed gone, nobody else would say why, and what to do."""
+    """Of ranks that saved because their launcher seemed gone, nobody else would say why."""
     if verdict.outcome != "stopped" or not lost:
         return replace(verdict, hosts_lost=lost)
-    reason = f"{verdict.reason}, since {_told(lost)}; the same command goes on, with --max-restarts N by itself"
-    return replace(verdict, hosts_lost=lost, reason=reason)
+    return replace(verdict, hosts_lost=lost, reason=f"{verdict.reason}, since {_told(lost)}")
 
 
 def _wait(
