@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
-import psutil
-
 _NAME = "wandb-core"
 
 
 def end_service() -> None:
     """End it, and let W&B forget it: with something left to send to a server that is gone it would go on for hours,
     W&B would wait for it when this process ends, and a run that could not be opened would stay in use."""
+    import psutil  # a login node, which reads records too, may lack it
+
     _hush_wandb_threads()
     for child in psutil.Process().children():
         with suppress(psutil.Error):
