@@ -6,14 +6,22 @@ from typing import Any
 
 from torch import nn
 
+from trichord.core.dist import rank_facts
+from trichord.engine.build import pick_device
 from trichord.engine.config import EngineConfig
 from trichord.layers.blocks import block_lists
-from trichord.layers.compiled import compile_blocks
+from trichord.layers.compiled import compile_blocks, require_compiler
 from trichord.layers.recompute import recompute_blocks
 
 
 def prepare_blocks(model: nn.Module, engine: EngineConfig) -> None:
-    """Activation checkpointing and compilation, in every stack of the model: towers and trunk."""
+    """Activation checkpointing and compilation, in every stack of the model: towers and trunk.
+
+    Raises:
+        ConfigError: this machine cannot compile.
+    """
+    if engine.compile:
+        require_compiler(pick_device(rank_facts()))
     mode, every = engine.activation_checkpointing, engine.checkpoint_every_blocks
     # What ZeRO-3 does inside of a block would break its graph at each module, and is no part of what selective
     # recomputation may find computed differently: there it gathers a block as one.
