@@ -19,7 +19,7 @@ from trichord.config.run import RunConfig
 from trichord.core.log import get_logger
 from trichord.engine.together import gather_lists
 from trichord.evaluation.config import SuiteConfig
-from trichord.evaluation.during import EngineModel, metric_names, set_aside
+from trichord.evaluation.during import EngineModel, metric_names, require_known_metric, set_aside
 from trichord.evaluation.suite import Subject, check_fits, run_suite
 from trichord.journal import Recording
 from trichord.restore import item_lengths, restore, with_generate
@@ -80,16 +80,18 @@ class OnTheWay:
         recording: Recording,
         folder: RunFolder,
     ):
-        """Raises ConfigError: the suite does not fit the model."""
+        """Raises ConfigError: the suite does not fit the model, or lacks the metric that chooses checkpoints."""
         self.config, self.engine, self.recorder, self.recording = config, engine, recorder, recording
         self.model = EngineModel(engine, tokenizer)
         self.tokenizer, self.device = tokenizer, device
         names = [source.name for source in config.shards.sources]
         self.previews = PreviewsWriter(folder.path, names, config.samples.audio.sample_rate, folder.attempt)
-        self.suite: SuiteConfig | None = None
-        if config.evaluation is None:
+        wanted = config.evaluation
+        self.suite: SuiteConfig | None = load_suite(wanted.suite) if wanted is not None else None
+        if config.checkpoints.keep_best is not None:
+            require_known_metric(config.checkpoints.keep_best.metric, self.suite)
+        if self.suite is None:
             return
-        self.suite = load_suite(config.evaluation.suite)
         check_fits(self.suite, engine.module.model)
         self.subject = Subject(
             *(self.model, None, tokenizer, config.shards, config.samples, config.batches, item_lengths(config), device),

@@ -5,21 +5,35 @@ The loop never waits for the storage, and no storage can end a run: what fails i
 
 from __future__ import annotations
 
+import json
+import secrets
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from trichord.checkpoints.config import CheckpointsConfig
-from trichord.checkpoints.manifest import TRAIN_STATE_FILE, Manifest, checkpoint_name, incomplete_reason, step_folders
+from trichord.checkpoints.manifest import (
+    TRAIN_STATE_FILE,
+    Manifest,
+    checkpoint_name,
+    incomplete_reason,
+    read_json,
+    step_folders,
+)
 from trichord.checkpoints.mirror_store import MirrorStore
 from trichord.checkpoints.retention import reasons_to_keep, score_of, shown_reasons
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.log import get_logger
+from trichord.core.status import write_atomically
 from trichord.shards.cache import cache_root, name_of
 from trichord.shards.locations import is_remote, local_path, shown
 
 log = get_logger(__name__)
+
+IDENTITY_FILE = "mirrored.json"
+"""Of a run folder and of its place on the mirror: a name that no other run has."""
 
 
 class Mirror:
@@ -98,6 +112,7 @@ class Mirror:
     def _upload(self, folder: Path) -> dict[str, Any]:
         step, began = int(folder.name.removeprefix("step-")), time.monotonic()
         try:
+            claim(self.store, self.run_folder)
             self.store.put_side_folders(self.run_folder)
             sent = self.store.put(folder)
         except Exception as error:  # training goes on, whatever a storage's client raises
@@ -141,18 +156,66 @@ def mirror_of(mirror: str, run_folder: Path) -> str:
     return place
 
 
+def claim(store: MirrorStore, run_folder: Path) -> None:
+    """Before a copy: the place is this run's, and says so. Raises ConfigError: it is another run's."""
+    theirs = require_same_run(store, run_folder, whole_steps(run_folder / "checkpoints"))
+    if _read_identity(run_folder) is None:
+        _write_identity(run_folder, theirs or secrets.token_hex(8))
+    if theirs is None:
+        store.put_file(run_folder / IDENTITY_FILE, IDENTITY_FILE)
+
+
+def whole_steps(checkpoints: Path) -> list[int]:
+    return [step for step, path in step_folders(checkpoints).items() if incomplete_reason(path) is None]
+
+
+def require_same_run(store: MirrorStore, run_folder: Path, steps: Collection[int]) -> str | None:
+    """That a mirror's place and a run folder are not of two runs with one name. Returns the identity there, if any.
+
+    A folder without identity is the same run if it is empty, or if one of its whole checkpoints (`steps`) is there.
+
+    Raises:
+        ConfigError: they are of two runs.
+        CheckpointError: the storage cannot be looked at.
+    """
+    theirs = (store.read_json(IDENTITY_FILE) or {}).get("run")
+    own = _read_identity(run_folder)
+    if theirs is None or own == theirs:
+        return theirs
+    folder = run_folder / "checkpoints"
+    same = [step for step in steps if Manifest(folder / checkpoint_name(step)).content == store.manifest(step)]
+    if own is not None or (steps and not same):
+        raise ConfigError(
+            f"{shown(store.url)} holds the copies of another run of this name, not those of {run_folder}; choose "
+            "another run.name or checkpoints.mirror"
+        )
+    return theirs
+
+
+def _read_identity(run_folder: Path) -> str | None:
+    path = run_folder / IDENTITY_FILE
+    return read_json(path).get("run") if path.exists() else None
+
+
+def _write_identity(run_folder: Path, run: str) -> None:
+    run_folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_folder / IDENTITY_FILE, json.dumps({"run": run}) + "\n")
+
+
 def fetch_newer(mirror: str, run_folder: Path) -> Path | None:
     """At the start of a run, on rank 0: the newest complete checkpoint of the mirror, brought to the run folder if that
     has none, or older ones. None: the run folder's own is as new.
 
     Raises:
         CheckpointError: the mirror cannot be looked at, and the run folder has none to go on from either.
+        ConfigError: the mirror holds another run of this name.
     """
     checkpoints = Path(run_folder) / "checkpoints"
-    whole = [step for step, path in step_folders(checkpoints).items() if incomplete_reason(path) is None]
+    whole = whole_steps(checkpoints)
     own = max(whole, default=-1)
     store = MirrorStore(mirror_of(mirror, run_folder))
     try:
+        theirs = require_same_run(store, Path(run_folder), whole)
         for step in reversed([step for step in store.steps() if step > own]):
             if store.complete_manifest(step) is None:
                 continue
@@ -162,6 +225,8 @@ def fetch_newer(mirror: str, run_folder: Path) -> Path | None:
                 log.warning("skipping the mirror's checkpoint: %s", error)
                 continue
             store.fetch_side_folders(Path(run_folder))
+            if theirs is not None:
+                _write_identity(Path(run_folder), theirs)
             had = f"the newest here is of step {own}" if whole else "there is none here"
             log.info("fetched %s from %s: %s", found.name, shown(store.url), had)
             return found

@@ -2,6 +2,7 @@
 removed first, so that a folder without one is never taken for a checkpoint.
 
     MIRROR/RUN/step-000100/{rank-*.safetensors, train_state.json, loader.json, index.json, manifest.json}
+    MIRROR/RUN/mirrored.json               which run it is
     MIRROR/RUN/{tokenizer, shards}/...     what a run needs beside its checkpoints, where it has them
 """
 
@@ -91,6 +92,10 @@ class MirrorStore:
             self._remove(f"{folder.name}/{MANIFEST_FILE}")
         sent = sum(self._put_file(folder / name, f"{folder.name}/{name}") for name in manifest.files)
         return sent + self._put_file(folder / MANIFEST_FILE, f"{folder.name}/{MANIFEST_FILE}")
+
+    def put_file(self, path: Path, name: str) -> None:
+        """A small file below the run's place."""
+        self._put_file(path, name)
 
     def put_side_folders(self, run_folder: Path) -> None:
         """What a run needs beside its checkpoints."""

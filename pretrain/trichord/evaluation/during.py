@@ -22,8 +22,11 @@ from torch import Tensor
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import TextTokenizer
 from trichord.checkpoints.state import refresh_parameters
+from trichord.core.errors import ConfigError
 from trichord.engine.masters import masters
 from trichord.evaluation.choice import likeliest
+from trichord.evaluation.config import SuiteConfig
+from trichord.evaluation.suite import suite_metrics
 from trichord.fusion.model import ModelOutput
 
 
@@ -81,6 +84,24 @@ def _fill(engine: Any, live: list[Tensor], values: list[Tensor]) -> None:
     for master, value in zip(live, values, strict=True):
         master.detach().copy_(value)
     refresh_parameters(engine)
+
+
+def require_known_metric(name: str, suite: SuiteConfig | None) -> None:
+    """For a name that chooses checkpoints: an `eval/...` must be one that the run's suite gives.
+
+    Raises:
+        ConfigError: it gives no such metric, or the run has no suite.
+    """
+    if not name.startswith("eval/") or name == "eval/time_s":
+        return
+    if suite is None:
+        raise ConfigError(f"checkpoints.keep_best.metric is {name}, and this run evaluates nothing; set evaluation")
+    known = metric_names({shown: {"value": 0.0} for shown in suite_metrics(suite)})
+    if name not in known:
+        raise ConfigError(
+            f"checkpoints.keep_best.metric is {name}, which suite {suite.name!r} does not give; it gives "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def metric_names(results: dict[str, dict[str, Any]]) -> dict[str, float]:

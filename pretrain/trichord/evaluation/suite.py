@@ -100,6 +100,17 @@ def run_suite(subject: Subject, suite: SuiteConfig, say: Callable[[str], None] =
     return metrics
 
 
+def suite_metrics(suite: SuiteConfig) -> Iterator[str]:
+    """The names that `run_suite` gives."""
+    for task in suite.tasks:
+        names = {
+            "loss": ["loss/next_token"],
+            "retrieval": [f"retrieval/{task.pair}/R@{k}" for k in RECALL_AT],
+            "caption": [f"caption/{task.context}/exact_match"],
+        }
+        yield from (f"{name} ({task.source})" for name in names[task.kind])
+
+
 Row = tuple[str, float, float | None, int]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +128,30 @@ def test_a_newer_one_here_is_kept_and_an_older_one_passed(s3, tmp_path):
     assert fetch_newer(BUCKET, run) is None
     behind = tmp_path / "b" / "demo"
     make(behind, 5)
+    shutil.copy(run / "mirrored.json", behind)
     assert fetch_newer(BUCKET, behind).name == "step-000010"
+
+
+def test_two_runs_of_one_name_are_not_mixed(s3, tmp_path, caplog):
+    first, second = tmp_path / "a" / "demo", tmp_path / "b" / "demo"
+    copied(first, make(first, 10))
+    for step in (5, 20):  # the other's steps are neither older nor newer alone
+        (told,) = copied(second, make(second, step)).news()
+        assert not told["ok"]
+        assert "s3://copies/deep/demo holds the copies of another run of this name, not those of" in told["reason"]
+    store = MirrorStore(f"{BUCKET}/demo")
+    assert store.steps() == [10]
+    for run in (second, tmp_path / "c" / "demo"):
+        if run != second:
+            make(run, 30)  # never copied, so it has no identity
+        with pytest.raises(ConfigError, match="holds the copies of another run of this name"):
+            fetch_newer(BUCKET, run)
+    moved = tmp_path / "d" / "demo"
+    assert fetch_newer(BUCKET, moved).name == "step-000010"
+    copied(moved, make(moved, 40))
+    assert store.steps() == [10, 40], "who was fetched from there goes on there"
+    (moved / "mirrored.json").unlink()
+    assert fetch_newer(BUCKET, moved) is None, "one checkpoint in common is enough"
 
 
 @pytest.mark.parametrize("damage", ["manifest gone", "truncated", "missing", "wrong bytes"])
@@ -266,7 +290,7 @@ def test_a_mirror_is_not_the_run_itself(tmp_path):
 
 @pytest.mark.parametrize("mirror", ["", "  "])
 def test_a_mirror_has_a_name(mirror):
-    with pytest.raises(ValueError, match="at least 1 character"):
+    with pytest.raises(ValueError, match="is blank; expected a place such as s3://bucket/prefix"):
         CheckpointsConfig(mirror=mirror)
 
 

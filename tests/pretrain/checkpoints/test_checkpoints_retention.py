@@ -8,6 +8,8 @@ from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.hashes import file_facts
 from trichord.checkpoints.retention import Retention, reasons_to_keep, why_kept
 
+RECALL = "eval/scans/retrieval/image-text/R_at_1"
+
 
 def config(**keys) -> CheckpointsConfig:
     return CheckpointsConfig.model_validate({"keep_last": 2, **keys})
@@ -43,6 +45,11 @@ def test_the_rules(keys, kept):
     reasons = reasons_to_keep(scores, config(**keys))
     assert set(reasons) == kept
     assert all(reasons.values())
+
+
+@pytest.mark.parametrize("name", ["retrieval/image-text/R@1 (scans)", "eval/scans/retrieval/image-text/R@1", RECALL])
+def test_a_metric_may_be_named_as_tables_show_it(name):
+    assert config(keep_best={"metric": name}).keep_best.metric == RECALL
 
 
 def test_reasons_are_said():
