@@ -33,7 +33,7 @@ from trichord.planning.zero import Parameter, Zero
 Op = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "all_to_all"]
 Beside = Literal["forward", "backward", "nothing"]
 _ROUNDS: dict[Op, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "all_to_all": 1}
-_COUNTS_BYTES, _NORM_BYTES = 8 * len(COUNT_NAMES), 8
+_COUNTS_BYTES = 8 * len(COUNT_NAMES)
 _READ_DATA = ("vision", "audio", "text")
 TOWERS = ("vision", "audio", "text", "heads")  # what the gradient-free pass of contrastive accumulation runs
 
@@ -100,7 +100,8 @@ def collectives(
     if (exchange := muon_exchange(parameters, zero))[0]:
         found.append(Collective("matrices of muon", "all_to_all", *exchange))
     norms = len(zero.groups(parameters)) if zero.stage else 0
-    found.append(Collective("counts, norms", "all_reduce", _COUNTS_BYTES + norms * _NORM_BYTES, 1 + norms))
+    norm_bytes = 8 if zero.stage == 3 else 4
+    found.append(Collective("counts, norms", "all_reduce", _COUNTS_BYTES + norms * norm_bytes, 1 + norms))
     return found + (_feature_exchange(features, zero.ranks) if features is not None else [])
 
 
