@@ -84,9 +84,10 @@ def rebuild_batch(run: Path, step: int) -> RebuiltBatch:
         CheckpointError, ConfigError: as `samples_of_step`. DataError: a shard cannot be read.
     """
     past = open_past(run, step)
+    config = _alone(past.config)
     with torch.device("meta"):  # only lengths are asked of it
-        model = build_from_config(past.config, run_tokenizer(run, past.config), random_weights=False)
-    loader = _open_loader(run, past.config, model, _state_before(past, step))
+        model = build_from_config(config, run_tokenizer(run, config), random_weights=False)
+    loader = _open_loader(run, config, model, _state_before(past, step))
     batch = next(iter(loader))
     loader.close()
     return RebuiltBatch(
@@ -104,7 +105,7 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
         CheckpointError, ConfigError: as `samples_of_step`. DataError: a shard cannot be read.
     """
     past = open_past(run, step)
-    config, first = past.config, past.start.step
+    config, first = _alone(past.config), past.start.step
     _, device = start_process_group(config.engine.timeout_s)
     torch.manual_seed(derive_seed(config.run.seed, "weights"))
     fresh = past.checkpoint is None
@@ -149,10 +150,16 @@ def rewinds_of(run: Path) -> dict[int, int]:
     return found
 
 
+def _alone(config: RunConfig) -> RunConfig:
+    """As one process does it: it reads by itself, and shares its rows with nobody."""
+    batches = config.batches.model_copy(update={"num_workers": 0})
+    engine = config.engine.model_copy(update={"sequence_parallel": 1})
+    return config.model_copy(update={"batches": batches, "engine": engine})
+
+
 def _open_loader(run: Path, config: RunConfig, model: Trichord, state: LoaderState) -> Loader:
-    """All lanes, read in this process."""
-    here = config.model_copy(update={"batches": config.batches.model_copy(update={"num_workers": 0})})
-    return build_loader(here, training_lengths(config, model), run, rank_facts(), state)
+    """All lanes."""
+    return build_loader(config, training_lengths(config, model), run, rank_facts(), state)
 
 
 def _state_before(past: Past, step: int) -> LoaderState:

@@ -28,6 +28,15 @@ def run(tmp_path_factory):
     return root / "past"
 
 
+@pytest.fixture(scope="module")
+def run_that_shares_rows(run):
+    """The same, two ranks at each row."""
+    words = ("run.name=shared", f"run.max_steps={STEPS}", "checkpoints.save_every_steps=3")
+    config = str(run.parent / "config.yaml")
+    assert run_ranks(2, train, config, *words, "engine.sequence_parallel=2") == [0, 0]
+    return run.parent / "shared"
+
+
 def recorded(run, step):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return next(line for line in lines if line["step"] == step)
@@ -56,3 +65,8 @@ def test_the_batch_alone_is_that_of_the_run(run):
     assert (found.samples, found.useful_tokens) == (batches[5].stats.samples, batches[5].stats.useful_tokens)
     assert found == rebuild_batch(run, 6)
     assert found.digest != rebuild_batch(run, 5).digest
+
+
+def test_one_process_does_a_step_of_ranks_that_shared_rows(run, run_that_shares_rows):
+    assert replayed(run_that_shares_rows, 4).difference <= LIMIT
+    assert rebuild_batch(run_that_shares_rows, 6).digest == rebuild_batch(run, 6).digest
