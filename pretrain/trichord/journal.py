@@ -80,6 +80,11 @@ class Progress:
         self.rewound_to = self.rewound_to if result.skipped else None
         self.empty_in_a_row = 0 if result.counts["samples"] else self.empty_in_a_row + 1
 
+    @property
+    def is_finite(self) -> bool:
+        """The last step was, with the weights that the run now has."""
+        return not self.skipped_in_a_row and self.rewound_to is None
+
     def check(self, config: RunConfig, batch: StepBatch, result: StepResult, recorder: Recorder) -> None:
         """Stop the run when too much data is bad or none is left, and say which step was not finite; the same on all
         ranks."""

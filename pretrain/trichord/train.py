@@ -138,9 +138,10 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
                 rewind(config, engine, progress, saver, recorder)
         stopping = result.counts["stop"] > 0 or progress.step >= total_steps
         on_the_way.after(progress.step, batch, stopped=result.counts["stop"] > 0)
-        # Not among skipped steps: a rewind must get away from their weights, and older ones would be removed for them.
+        # Not among skipped steps: a rewind must get away from their weights, and older ones would be removed for them;
+        # nor right behind a rewind: that would be the checkpoint it took once more.
         save_due = save_due or progress.step % config.checkpoints.save_every_steps == 0
-        if stopping or (save_due and not progress.skipped_in_a_row):
+        if stopping or (save_due and progress.is_finite):
             save_due = False
             stepper.clock.enter("save")
             recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
@@ -181,7 +182,9 @@ def rewind(config: RunConfig, engine: Any, progress: Progress, saver: Checkpoint
         set_phase("rewind")
         back = decide_on_rank_0(lambda: find_to_rewind(saver.folder, progress.rewound_to))
     if back is None:
-        why = "there is no checkpoint to go back to" if not used_up else f"engine.rewinds ({allowed}) are used up"
+        why = f"engine.rewinds ({allowed}) are used up" if used_up else "there is no checkpoint to go back to"
+        if not used_up and progress.rewound_to is not None:
+            why += f" before step {progress.rewound_to}, whose weights were tried"
         raise TrichordError(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is "
             f"{progress.step}); the weights are those before them{f', and {why}' if allowed else ''}. Lower engine.lr, "

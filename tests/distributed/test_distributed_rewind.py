@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
-from test_distributed_faults import indexed, run_with
+from test_distributed_faults import check_end, indexed, run_with
 from tiny_run import make_data
 
 from trichord.checkpoints.hashes import file_facts
@@ -64,7 +64,7 @@ def test_after_a_rewind_a_run_is_one_that_began_with_those_weights_at_this_data(
     (event,) = ended.events("rewind")
     assert (event["step"], event["to_step"], event["rewinds"]) == (5, 2, 1)
     assert "back to the weights of step-000002, on with the data of step 6 (rewind 1 of 1)" in ended.log(0)
-    steps = [2, 4, 6, 8] if interrupted else [2, 5, 6, 8]  # that of step 4 waits for the first that is no skipped one
+    steps = [2, 4, 6, 8] if interrupted else [2, 6, 8]  # that of step 4 waits for the first finite one
     assert sorted(step_folders(ended.folder / "checkpoints")) == steps
 
     by_hand = tmp_path / "by-hand"
@@ -81,6 +81,14 @@ def test_after_a_rewind_a_run_is_one_that_began_with_those_weights_at_this_data(
         (found,) = run_ranks(1, replay_step, ended.folder, 6)
         assert found.replayed_from == 2
         assert found.difference <= 1e-5
+
+
+def test_rewinds_in_a_row_find_older_checkpoints_until_there_is_none(data, tmp_path):
+    """The first takes step 4, the second step 2, which a copy of step 4 has not pushed out."""
+    options = ("engine.rewinds=3", "engine.max_bad_steps=2", "checkpoints.keep_last=2", "run.max_steps=12")
+    ended = run_with(data, tmp_path, 2, "not_finite", {"rank": 1, "steps": list(range(8, 20))}, *options)
+    assert [event["to_step"] for event in ended.events("rewind")] == [4, 2]
+    check_end(ended, 1, r"there is no checkpoint to go back to before step 2, whose weights were tried")
 
 
 def test_a_rewind_passes_over_what_led_to_it(tmp_path):
