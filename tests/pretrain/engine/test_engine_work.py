@@ -89,3 +89,16 @@ def test_a_model_that_cannot_be_counted_warns_once_and_has_no_figure(monkeypatch
     work_module.log.removeHandler(handler)
     assert len(lines) == 1
     assert "no meta kernel" in lines[0]
+
+
+def test_contrasts_of_ranks_that_share_rows_are_needed_once():
+    """Two ranks at one row need together what one rank with that row would: no batch here, similarities alone."""
+    model = tiny_model()
+    needed: dict[int, float] = {}
+    for size in (1, 2):
+        engine = EngineConfig(sequence_parallel=size)
+        found = WorkMeter(model, engine, OBJECTIVES.contrastive, slots=4, micro_batches=1, world_size=size)
+        found.add([])
+        needed[size] = found.read()[0] * size
+    assert needed[1] > 0
+    assert needed[2] == pytest.approx(needed[1])
