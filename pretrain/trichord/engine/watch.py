@@ -150,7 +150,7 @@ class PeerWatch:
                 return _store_is_gone(gone)
             time.sleep(0.2)
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return Fault("lost", f"the connection to the other ranks broke in {current_phase()}: {said}")
+        return Fault("lost", f"the connection to the other ranks broke in {current_phase() or 'the start'}: {said}")
 
     def linger(self) -> None:
         """Where this process holds the job's store: stay until the others have read there what is wrong."""
