@@ -97,7 +97,12 @@ class Progress:
             )
         if self.skipped_in_a_row:
             suspects = suspects_of(result, batch)
-            log.warning("step %d is skipped, its gradient is not finite: %s", self.step, suspects)
+            if dist.get_rank() == 0:
+                log.warning(
+                    "step %d is skipped, its loss or gradient is not finite%s; its samples: `trichord provenance %s "
+                    "--step %d`",
+                    *(self.step, told_ranks(suspects["ranks_with_bad_loss"]), _folder(config), self.step),
+                )
             recorder.event("skipped_step", self.step, **suspects)
 
     def went_back(self, step: int) -> None:
@@ -112,13 +117,24 @@ def suspects_of(result: StepResult, batch: StepBatch) -> dict[str, Any]:
     Samples are (source number, epoch, number in the source), as in `PackedBatch.sample_ids`; at most 64 in all.
     """
     finite = all(bool(torch.isfinite(loss)) for loss in result.losses.values())
-    ids = [sample for micro in batch.micro_batches for sample in micro.sample_ids.tolist()]
+    ids = [tuple(sample) for micro in batch.micro_batches for sample in micro.sample_ids.tolist()]
     found = gather_lists([(dist.get_rank(), finite, ids[: MAX_SUSPECTS if not finite else 4])])
     bad = [part for part in found if not part[1]]
     return {
         "ranks_with_bad_loss": [rank for rank, _, _ in bad],
-        "samples": [sample for _, _, samples in bad or found for sample in samples][:MAX_SUSPECTS],
+        # Ranks that share rows have the same ones.
+        "samples": [list(sample) for sample in dict.fromkeys(s for *_, samples in bad or found for s in samples)][
+            :MAX_SUSPECTS
+        ],
     }
+
+
+def _folder(config: RunConfig) -> str:
+    return f"{config.run.root}/{config.run.name}"
+
+
+def told_ranks(ranks: list[int]) -> str:
+    return f" (the loss was not on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))})" if ranks else ""
 
 
 class Recording:

@@ -109,9 +109,13 @@ def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:
     return fixed
 
 
-def opening_line(folder: RunFolder, resumed: LoadedState | None, step: int, total_steps: int, world_size: int) -> str:
-    """What a user wants to know first: is this a new run, and where does it go on."""
-    where = f"{folder.path} on {world_size} process{'es' if world_size > 1 else ''}, attempt {folder.attempt}"
+def opening_line(
+    folder: RunFolder, resumed: LoadedState | None, step: int, total_steps: int, world_size: int, sharing: int = 1
+) -> str:
+    """What a user wants to know first: is this a new run, and where does it go on. sharing: ranks that share rows."""
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    processes += f", {sharing} to each row" if sharing > 1 else ""
+    where = f"{folder.path} on {processes}, attempt {folder.attempt}"
     if step >= total_steps:
         return f"{where}: already at step {step} of {total_steps}, nothing to do; raise run.max_steps to go on"
     if resumed is not None:

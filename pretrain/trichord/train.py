@@ -110,10 +110,10 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     apply_timeout(config.engine.timeout_s)
 
     # Tracking, then the steps.
-    progress = Progress.after(resumed)
+    progress, sharing = Progress.after(resumed), config.engine.sequence_parallel
     recorder = verdict.recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
-    log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size))
+    log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size, sharing))
     recording = Recording(config, recorder, stepper, folder, progress.step, model)
     on_the_way = OnTheWay(config, engine, tokenizer, device, recorder, recording, folder)
     if folder.kind == "fresh":
@@ -188,7 +188,7 @@ def rewind(config: RunConfig, engine: Any, progress: Progress, saver: Checkpoint
         raise TrichordError(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is "
             f"{progress.step}); the weights are those before them{f', and {why}' if allowed else ''}. Lower engine.lr, "
-            "or look at the samples named in events.jsonl"
+            f"or look at the samples: `trichord provenance {config.run.root}/{config.run.name} --step {progress.step}`"
         )
     bad_steps = progress.skipped_in_a_row
     progress.went_back(load_into(engine, back).step)

@@ -174,3 +174,18 @@ class EngineConfig(Leaf):
                 f"2^-8 in a step back to itself: it would never fall; no beta may exceed {LARGEST_BF16_BETA:.4f}"
             )
         return self
+
+
+def heads_refusal(size: int, heads: int, key_heads: int) -> str | None:
+    """Why `sequence_parallel` ranks cannot share so many attention and key-value heads; None: they can."""
+
+    def fits(size: int) -> bool:
+        return heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0)
+
+    if fits(size):
+        return None
+    fitting = ", ".join(str(size) for size in range(1, heads + 1) if fits(size))
+    return (
+        f"engine.sequence_parallel {size} cannot share the {heads} attention heads and {key_heads} key-value heads of "
+        f"the trunk: it must divide the first, and divide the second or be a multiple of it; these do: {fitting}"
+    )

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from trichord.core.dist import RankFacts
 from trichord.core.errors import ConfigError
-from trichord.engine.config import EngineConfig
+from trichord.engine.config import EngineConfig, heads_refusal
 from trichord.layers.sequence import SequenceGroup
 
 
@@ -51,14 +51,5 @@ def share_sequences(model: Any, engine: EngineConfig) -> None:
 
 def check_heads(model: Any, size: int) -> None:
     trunk = model.trunk.config
-    heads, key_heads = trunk.num_attention_heads, trunk.num_key_value_heads
-    if heads % size:
-        raise ConfigError(
-            f"engine.sequence_parallel {size} does not divide the {heads} attention heads of the trunk; take a divisor "
-            "of them"
-        )
-    if key_heads % size and size % key_heads:
-        raise ConfigError(
-            f"engine.sequence_parallel {size} does not fit the {key_heads} key-value heads of the trunk: one of the "
-            "two must divide the other"
-        )
+    if (refusal := heads_refusal(size, trunk.num_attention_heads, trunk.num_key_value_heads)) is not None:
+        raise ConfigError(refusal)

@@ -43,12 +43,11 @@ class RowSplit:
         return max(0, self.groups - self.rows) * self.sharing
 
     def better(self) -> RowSplit | None:
-        """The largest smaller `micro_rows` that wastes less, or None if this split wastes nothing or none is better.
+        """The smaller `micro_rows` that wastes least, of several the largest; None if none is better than this.
 
         It never changes what is trained: rows and their order stay the same.
         """
-        for micro_rows in range(self.micro_rows - 1, 0, -1):
-            split = RowSplit(self.rows, self.world_size, micro_rows, self.sharing)
-            if split.wasted_frac < self.wasted_frac:
-                return split
-        return None
+        sizes = range(self.micro_rows, 0, -1)
+        splits = [RowSplit(self.rows, self.world_size, size, self.sharing) for size in sizes]
+        best = min(splits, key=lambda split: split.computed_rows)
+        return best if best.micro_rows < self.micro_rows else None

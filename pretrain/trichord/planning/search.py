@@ -110,13 +110,25 @@ def _is_allowed(subject: Subject, layout: Layout, ranks: int) -> bool:
 def best_layout(subject: Subject, ranks: int, machine: Machine) -> Outcome | None:
     """The fastest layout that fits; of equally fast ones that with the most memory left; None where none fits.
 
-    Rows are shared only where nothing fits without, among as few ranks as possible, all of one node."""
-    sharing = 1
-    while sharing <= min(ranks, machine.fabric.gpus_per_node):
-        if ranks % sharing == 0 and (best := _fastest(subject, ranks, machine, sharing)) is not None:
+    Rows are shared as the run has it, and otherwise only where nothing fits, or GPUs idle, among fewer ranks."""
+    own = Layout.of(subject).sharing
+    best = _fastest(subject, ranks, machine, own) if ranks % own == 0 else None
+    for sharing in _sharings(ranks, machine.fabric.gpus_per_node):
+        found = _fastest(subject, ranks, machine, sharing) if sharing != own else best
+        best = min(filter(None, (best, found)), key=_preference, default=None)
+        if found is not None and not found.idle_ranks:
             return best
-        sharing *= 2
-    return None
+    return best
+
+
+def _sharings(ranks: int, gpus_per_node: int) -> list[int]:
+    """Numbers of ranks, all of one node, that may share rows, least exchange first."""
+    powers = (2**power for power in range(gpus_per_node.bit_length()))
+    return [sharing for sharing in powers if sharing <= gpus_per_node and ranks % sharing == 0]
+
+
+def _preference(outcome: Outcome) -> tuple[float, int]:
+    return round(outcome.time.total, 4), outcome.memory.device_bytes
 
 
 def _fastest(subject: Subject, ranks: int, machine: Machine, sharing: int) -> Outcome | None:
@@ -128,7 +140,7 @@ def _fastest(subject: Subject, ranks: int, machine: Machine, sharing: int) -> Ou
         if states_of(subject, layout, ranks)[1].in_backward <= limit
     ]
     fitting = [outcome for layout in possible if (outcome := judge(subject, layout, ranks, machine)).fits]
-    return min(fitting, key=lambda o: (round(o.time.total, 4), o.memory.device_bytes), default=None)
+    return min(fitting, key=_preference, default=None)
 
 
 def scaling(subject: Subject, machine: Machine) -> Iterator[Outcome | None]:
