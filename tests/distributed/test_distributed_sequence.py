@@ -15,7 +15,7 @@ from trichord.tracking.metrics import read_metrics
 pytestmark = pytest.mark.distributed
 
 STEPS = 6
-four_heads = partial(train_cases, num_heads=4, num_kv_heads=2, bidirectional_images=True)
+four_heads = partial(train_cases, num_heads=4, num_kv_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_run_counts_its_samples_once_and_goes_on_without_sharing(data, tmp_pat
 @pytest.mark.parametrize(
     ("ranks", "overrides", "said"),
     [
-        (2, ("engine.sequence_parallel=4",), "does not divide the 2 ranks"),
+        (2, ("engine.sequence_parallel=4", "fusion.trunk.num_heads=4"), "does not divide the 2 ranks"),
         (2, ("engine.sequence_parallel=2", "fusion.trunk.num_heads=1", "fusion.trunk.head_dim=16"), "attention heads"),
     ],
 )

@@ -72,11 +72,10 @@ OBJECTIVES = ObjectivesConfig.model_validate({"next_token": {}, "contrastive": {
 SAMPLES = SamplesConfig.model_validate({"image": {"size": IMAGE_SIZE}})
 
 
-def build_tiny(objectives: ObjectivesConfig = OBJECTIVES, bidirectional_images: bool = False, **trunk) -> Trichord:
+def build_tiny(objectives: ObjectivesConfig = OBJECTIVES, **trunk) -> Trichord:
     """trunk: keys of the trunk's config that are to be others than in `FUSION`."""
     torch.manual_seed(0)
-    changed = {"trunk": FUSION.trunk.model_copy(update=trunk), "bidirectional_images": bidirectional_images}
-    fusion = FUSION.model_copy(update=changed)
+    fusion = FUSION.model_copy(update={"trunk": FUSION.trunk.model_copy(update=trunk)})
     encoders = ENCODERS if objectives.contrastive else ENCODERS.model_copy(update={"text": None})
     return build_model(encoders, fusion, objectives, SAMPLES, LayersConfig(), VOCAB, SPECIAL)
 
