@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script: processes that tests start would not see a Ctrl-C, as is right for users.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_GPU = Path("/dev/nvidiactl").exists() or shutil.which("rocm-smi") is not None
 

@@ -232,9 +232,9 @@ def test_a_block_that_does_not_compile_is_one_message(monkeypatch):
         block(torch.ones(3, 2))
 
 
-def test_no_compiler_is_one_message_before_training(monkeypatch):
+def test_no_compiler_is_one_message_before_training():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("/no/such/g++",))
-    with pytest.raises(ConfigError, match=r"engine\.compile: .*/no/such/g\+\+.*install a C\+\+ compiler"):
+    message = r"engine\.compile: .*/no/such/g\+\+.*install a C\+\+ compiler"
+    with config.patch({"cpp.cxx": ("/no/such/g++",)}), pytest.raises(ConfigError, match=message):
         prepare_blocks(tiny.build_tiny(), EngineConfig.model_validate(PLAIN | {"compile": True}))
