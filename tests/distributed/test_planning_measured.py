@@ -89,7 +89,8 @@ def shared_rows(config, accumulation: int) -> list[Collective]:
         return []
     shapes, found = ShapeModel(build_shapes(config)), []
     for batch in typical_batches(config, accumulation):
-        trace = shapes.trace(batch, "reference", shared=config.engine.sequence_parallel)
+        autocast = config.engine.precision == "autocast_bf16"
+        trace = shapes.trace(batch, "reference", autocast=autocast, shared=config.engine.sequence_parallel)
         found += exchanges(trace.sent, trace.messages, config.engine, 1)
     return found
 
