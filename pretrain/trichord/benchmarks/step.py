@@ -134,8 +134,8 @@ def _row(what: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str,
         "from": ratio.low,
         "to": ratio.high,
         "pairs": ratio.pairs,
-        "ours": median(ours),
-        "theirs": median(theirs),
+        "first, CPU s": median(ours),
+        "second, CPU s": median(theirs),
     }
 
 

@@ -73,7 +73,7 @@ def _row_lines(facts: Mapping[str, Any]) -> list[str]:
     where = "GPU" if rows["sequence_parallel"] == 1 else f"group of {rows['sequence_parallel']} GPUs that share them"
     lines = [
         f"rows per step     {rows['rows_per_step']} of {tokens}, {100 * rows['useful_frac']:.0f} % of them useful",
-        f"micro-steps       {rows['accumulation']} with {rows['micro_rows']} rows each on every {where}",
+        f"micro-steps       {rows['accumulation']} of batches.micro_rows={rows['micro_rows']} on every {where}",
     ]
     row = facts["workload"]["row"]
     lines.append(f"a row holds       {row['images']:.1f} images, {row['clips']:.1f} clips of {row['audio_tokens']:.0f} "
