@@ -315,7 +315,7 @@ def test_one_bad_step_is_skipped_with_its_samples_named_and_the_run_goes_on(data
     [
         (0, 0, [2, 3, 4], 4, "", 2),
         (1, 2, [0, 1], 2, ", and there is no checkpoint to go back to", None),
-        (2, 1, [2, 3, 4, 5], 6, r", and engine.rewinds \(1\) are used up", 4),
+        (2, 1, [2, 3, 4, 5], 6, r", and engine.rewinds \(1\) are used up", 2),
     ],
 )
 def test_bad_steps_in_a_row_stop_the_run(data, tmp_path, stage, rewinds, steps, last, why, newest):

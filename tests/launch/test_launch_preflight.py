@@ -35,7 +35,8 @@ def test_a_run_that_is_ready(ready):
 def test_ranks_that_do_not_fit_the_run_are_found(ready):
     plan = ready.folder / "plan.json"
     plan.write_text(json.dumps({"run": "words", "gpus": 6, "checkpoint": {"bytes": 1}}))
-    code, findings = ready.preflight("engine.sequence_parallel=4", "--plan", plan)
+    heads = "fusion.trunk.num_heads=4", "fusion.trunk.num_kv_heads=4"
+    code, findings = ready.preflight("engine.sequence_parallel=4", *heads, "--plan", plan)
     found = failed(findings)["ranks"]
     assert (code, found["detail"]) == (2, "engine.sequence_parallel 4 does not divide the 6 ranks of words")
     assert found["remedy"] == "start 4 or 8 ranks, or set it to a divisor of the ranks"
