@@ -74,6 +74,7 @@ def hang(rank: int, step: int) -> None:
 
 
 def kill(rank: int, step: int) -> None:
+    slow_steps(0.5)  # so that a save that was begun before is on the disk, also on a busy machine
     at_step(step, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
