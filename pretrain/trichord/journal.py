@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from trichord.batches.loader import StepBatch, StepStats
 from trichord.checkpoints.load import LoadedState
-from trichord.config.identity import RunFolder
+from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
@@ -101,7 +101,7 @@ class Progress:
                 log.warning(
                     "step %d is skipped, its loss or gradient is not finite%s; its samples: `trichord provenance %s "
                     "--step %d`",
-                    *(self.step, told_ranks(suspects["ranks_with_bad_loss"]), _folder(config), self.step),
+                    *(self.step, told_ranks(suspects["ranks_with_bad_loss"]), run_path(config), self.step),
                 )
             recorder.event("skipped_step", self.step, **suspects)
 
@@ -127,10 +127,6 @@ def suspects_of(result: StepResult, batch: StepBatch) -> dict[str, Any]:
             :MAX_SUSPECTS
         ],
     }
-
-
-def _folder(config: RunConfig) -> str:
-    return f"{config.run.root}/{config.run.name}"
 
 
 def told_ranks(ranks: list[int]) -> str:

@@ -20,7 +20,7 @@ from trichord.batches.transfer import move_ahead
 from trichord.checkpoints.load import load_into, read_train_state
 from trichord.checkpoints.manifest import incomplete_reason, step_folders
 from trichord.checkpoints.save import CheckpointSaver
-from trichord.config.identity import RunFolder
+from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
 from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, TrichordError
 from trichord.core.log import configure_logging, get_logger
@@ -188,7 +188,7 @@ def rewind(config: RunConfig, engine: Any, progress: Progress, saver: Checkpoint
         raise TrichordError(
             f"{progress.skipped_in_a_row} steps in a row had a non-finite loss or gradient (the last is "
             f"{progress.step}); the weights are those before them{f', and {why}' if allowed else ''}. Lower engine.lr, "
-            f"or look at the samples: `trichord provenance {config.run.root}/{config.run.name} --step {progress.step}`"
+            f"or look at the samples: `trichord provenance {run_path(config)} --step {progress.step}`"
         )
     bad_steps = progress.skipped_in_a_row
     progress.went_back(load_into(engine, back).step)

@@ -16,7 +16,7 @@ from trichord.batches.loader import StepBatch
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.benchmarks.step import StepRequest
-from trichord.config.identity import RunFolder
+from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
 from trichord.engine.build import EngineModule, build_engine, set_rates, start_process_group
@@ -87,15 +87,11 @@ def trunk_of(request: StepRequest) -> dict[str, Any]:
 def collect_batches(config: RunConfig) -> list[StepBatch]:
     """This rank's batches of the first steps."""
     facts, model = rank_facts(), build_model_of(config)
-    loader = build_loader(config, training_lengths(config, model), _run_folder(config), facts, None)
+    loader = build_loader(config, training_lengths(config, model), run_path(config), facts, None)
     try:
         return list(islice(loader, _KEPT_STEPS))
     finally:
         loader.close()
-
-
-def _run_folder(config: RunConfig) -> Path:
-    return Path(config.run.root) / config.run.name
 
 
 def build_model_of(config: RunConfig) -> Any:
@@ -110,7 +106,7 @@ def training_step(config: RunConfig, batches: list[StepBatch]) -> Callable[[int]
     model = build_model_of(config)
     engine = build_engine(model, config.engine, micro_rows=micro_rows, grad_accum_steps=layout.num_micro_batches)
     stepper = build_stepper(config, engine, device, layout)
-    folder = RunFolder("fresh", _run_folder(config), 1)
+    folder = RunFolder("fresh", run_path(config), 1)
     recorder = build_recorder(config, folder, None, dist.get_rank() == 0)
     recording = Recording(config, recorder, stepper, folder, 0, model)
     progress, stop = Progress(), StopFlag()
