@@ -30,7 +30,7 @@ from trichord.core.status import write_atomically
 from trichord.tracking.config import WandbConfig
 from trichord.tracking.outbox import Outbox
 from trichord.tracking.wandb_media import Reference, log_reference, sample_table
-from trichord.tracking.wandb_service import end_service
+from trichord.tracking.wandb_service import end_service, service_is_gone
 
 Mode = Literal["online", "offline", "off"]
 Axis = Literal["step", "own"]  # "step": W&B's step is ours; "own": it is not, since a run was continued, not rewound
@@ -233,7 +233,8 @@ def open_run(
         "silent": True,
     }
     known = {name: value for name, value in wishes.items() if name in wandb.Settings.model_fields}
-    run = wandb.init(
+    init = partial(
+        wandb.init,
         mode="online" if mode == "online" else "offline",
         dir=str(folder),
         name=run_name,
@@ -245,6 +246,13 @@ def open_run(
         settings=wandb.Settings(**known),
         **identity,
     )
+    try:
+        run = init()
+    except Exception as error:
+        if not service_is_gone(error):
+            raise
+        end_service()  # it ended since an earlier run of this process, and W&B would ask it for ever
+        run = init()
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -26,6 +26,11 @@ def end_service() -> None:
         wandb.teardown()
 
 
+def service_is_gone(error: Exception) -> bool:
+    """Whether W&B says that the process it had started is no more. Its types for that are no part of its interface."""
+    return type(error).__name__ == "MailboxClosedError" or isinstance(error, ConnectionError)
+
+
 def _hush_wandb_threads() -> None:
     """Its threads raise errors of their own when the process is gone; nobody else's are hidden."""
     shown = threading.excepthook

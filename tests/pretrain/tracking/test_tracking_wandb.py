@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -202,6 +203,18 @@ def test_sync_rebuilds_one_run_from_the_record(no_key, tmp_path):
     assert rows[-1]["eval/digits/r_at_1_frac"] == 0.9
     assert abs(rows[0]["_timestamp"] - rows[-1]["_timestamp"]) < 60
     assert (project, lr) == ("voices", 0.001)
+
+
+def test_a_service_that_ended_between_two_runs_is_started_again(no_key, tmp_path):
+    pytest.importorskip("wandb")
+    MetricsWriter(tmp_path, resume_step=None).log(1, {"train/loss": 1.0})
+    sync_run(tmp_path)
+    services = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+    assert services, "the one that the first run has started"
+    for service in services:
+        service.kill()
+        service.wait(10)
+    assert sync_run(tmp_path).rows == 1
 
 
 FACTS_OF_RECORDER = {
