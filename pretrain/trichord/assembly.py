@@ -61,10 +61,11 @@ def build_stepper(config: RunConfig, engine: Any, device: torch.device, layout: 
 
 
 def slot_layout(config: RunConfig, world_size: int) -> SlotLayout:
-    """Micro-steps per step, and sample slots per micro-step."""
+    """Micro-steps per step, and sample slots per micro-step of one rank."""
     rows, micro_rows = config.batches.rows_per_step, config.batches.micro_rows
-    groups = world_size // config.engine.sequence_parallel
-    return SlotLayout(micro_rows * config.batches.max_samples_per_row, math.ceil(rows / (groups * micro_rows)))
+    sharing = config.engine.sequence_parallel
+    micro_batches = math.ceil(rows / (world_size // sharing * micro_rows))
+    return SlotLayout.of(micro_rows * config.batches.max_samples_per_row, sharing, micro_batches)
 
 
 def build_recorder(config: RunConfig, folder: RunFolder, resumed: LoadedState | None, active: bool) -> Recorder:

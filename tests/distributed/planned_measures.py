@@ -135,7 +135,8 @@ def measure_step(config: RunConfig, model: torch.nn.Module, batches: list[Any], 
     batches = [batch.shared(place.place, place.size) for batch in batches]
     prepare_blocks(model, config.engine)
     engine = build_engine(model, config.engine, micro_rows=config.batches.micro_rows, grad_accum_steps=len(batches))
-    layout = SlotLayout(config.batches.micro_rows * config.batches.max_samples_per_row, len(batches))
+    samples = config.batches.micro_rows * config.batches.max_samples_per_row
+    layout = SlotLayout.of(samples, place.size, len(batches))
     stepper = Stepper(engine, config.objectives, device=device, layout=layout, max_grad_norm=1.0)
     del model
     stepper.run(batches, dict(COUNTS))

@@ -1,5 +1,7 @@
 """Predicted model states and wire bytes against what two ranks really hold and send, for six kinds of runs."""
 
+import math
+
 import pytest
 import torch
 from planned_measures import measure_step
@@ -48,7 +50,8 @@ def cases_of(kind: str) -> list[tuple[int, int, dict, dict]]:
 def features_of(config, accumulation: int) -> Features | None:
     if config.objectives.contrastive is None:
         return None
-    slots = config.batches.micro_rows * config.batches.max_samples_per_row * accumulation
+    samples = config.batches.micro_rows * config.batches.max_samples_per_row
+    slots = math.ceil(samples / config.engine.sequence_parallel) * accumulation
     towers = (config.encoders.vision, config.encoders.audio, config.encoders.text)
     return Features(slots, config.objectives.contrastive.embed_dim, sum(tower is not None for tower in towers))
 

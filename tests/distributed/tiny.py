@@ -126,7 +126,7 @@ def make_stepper(
     place = data_place(engine_config, facts)
     count = math.ceil(rows / (place.world_size * micro_rows))
     engine = build_engine(model or build_tiny(objectives), engine_config, micro_rows=micro_rows, grad_accum_steps=count)
-    layout = SlotLayout(micro_rows * MAX_SAMPLES, count)
+    layout = SlotLayout.of(micro_rows * MAX_SAMPLES, place.size, count)
     stepper = Stepper(engine, objectives, device=device, layout=layout, max_grad_norm=engine_config.max_grad_norm)
     return facts, engine, stepper
 

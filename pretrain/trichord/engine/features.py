@@ -1,11 +1,13 @@
 """Features of all samples of a step, over micro-steps and ranks, for objectives whose candidates are the global batch.
 
-Every sample of a step has a slot: micro-batch x row x place in the row, a fixed number per rank, so that the gather
-has one size for the whole run and nobody has to ask how many samples the others have.
+Every sample of a step has a slot on one rank: micro-batch x row x place in the row, a fixed number per rank, so that
+the gather has one size for the whole run and nobody has to ask how many samples the others have. Ranks that share rows
+share out their samples, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,10 +22,16 @@ from trichord.objectives.contrastive import MODALITIES, FeatureTable, contrastiv
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """slots_per_micro_batch = micro_rows * max_samples_per_row; slots (per rank, step) = that times micro-batches."""
+    """slots_per_micro_batch = micro_rows * max_samples_per_row, shared out by ranks that share rows; slots (per rank,
+    step) = that times micro-batches."""
 
     slots_per_micro_batch: int
     num_micro_batches: int
+
+    @classmethod
+    def of(cls, samples: int, sharing: int, num_micro_batches: int) -> SlotLayout:
+        """samples: that a micro-batch may have; sharing: ranks that hold the same rows."""
+        return cls(math.ceil(samples / sharing), num_micro_batches)
 
     @property
     def slots(self) -> int:
@@ -41,7 +49,7 @@ class FeatureGradients:
 
     def of_micro_batch(self, number: int, batch: PackedBatch) -> dict[str, Tensor]:
         """For `objectives.combine.micro_loss`: gradient by each feature row of this micro-batch's output."""
-        first = number * self.layout.slots_per_micro_batch
+        first = number * self.layout.slots_per_micro_batch - batch.own.own(batch.own.segments).start
         grads = dict(self.scalars)
         for modality, rows in _segments_of(batch).items():
             if modality in self.features:
@@ -66,13 +74,14 @@ def features_of_step(
     present = {m: torch.zeros(layout.slots, dtype=torch.bool, device=device) for m in MODALITIES}
     group_ids = torch.zeros(layout.slots, dtype=torch.int64, device=device)
     for number, (output, batch) in enumerate(zip(outputs, batches)):
-        first = number * layout.slots_per_micro_batch
-        if batch.num_segments > layout.slots_per_micro_batch:
+        own, begin = batch.own.own(batch.own.segments), number * layout.slots_per_micro_batch
+        if (count := own.stop - own.start) > layout.slots_per_micro_batch:
             raise ValueError(
-                f"micro-batch has {batch.num_segments} samples, but only {layout.slots_per_micro_batch} slots "
-                "(micro_rows * max_samples_per_row)"
+                f"micro-batch has {count} samples on this rank, but only {layout.slots_per_micro_batch} slots "
+                "(micro_rows * max_samples_per_row, over the ranks that share rows)"
             )
-        group_ids[first : first + batch.num_segments] = batch.group_ids
+        group_ids[begin : begin + count] = batch.group_ids[own]
+        first = begin - own.start  # segments are numbered through the whole micro-batch
         for modality, segments in _segments_of(batch).items():
             embeds = output.get(f"{modality}_embeds")
             if embeds is None:

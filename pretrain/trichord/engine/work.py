@@ -35,10 +35,7 @@ class WorkMeter:
         """slots: sample slots of this rank per step; micro_batches: per step, on each rank."""
         self._model = model
         self._engine = engine
-        size = engine.sequence_parallel
         self._contrasts = _contrasts(contrastive, slots, world_size)
-        # A rank that shares its rows has their slots too; what fills them is the whole group's, once.
-        self._useful_contrasts = _contrasts(contrastive, slots, world_size // size) / size
         self._towers_twice = contrastive is not None and micro_batches > 1
         self._useful = self._executed = Counts()
         self._table: list[Piece] | None = None
@@ -50,7 +47,7 @@ class WorkMeter:
         if self._broken:
             return
         useful = (_part(batch, useful_counts(batch, self._model)) for batch in batches)
-        self._useful = sum(useful, self._useful + Counts(contrasts=self._useful_contrasts))
+        self._useful = sum(useful, self._useful + Counts(contrasts=self._contrasts))
         executed = (_part(batch, executed_counts(batch, self._model)) for batch in batches)
         self._executed = sum(executed, self._executed + Counts(contrasts=self._contrasts))
 

@@ -12,6 +12,7 @@ of itself; others cost all of it. Time of the loader, of checkpoints and of eval
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -59,7 +60,8 @@ def features_of(subject: Subject, layout: Layout, ranks: int) -> Features | None
     config = subject.config
     if config.objectives.contrastive is None:
         return None
-    slots = layout.micro_rows * config.batches.max_samples_per_row * split_of(subject, layout, ranks).accumulation
+    samples = layout.micro_rows * config.batches.max_samples_per_row
+    slots = math.ceil(samples / layout.sharing) * split_of(subject, layout, ranks).accumulation
     towers = (config.encoders.vision, config.encoders.audio, config.encoders.text)
     return Features(slots, config.objectives.contrastive.embed_dim, sum(tower is not None for tower in towers))
 

@@ -12,6 +12,7 @@ from tiny_trichord import OBJECTIVES, Item, tiny_batch, tiny_model
 
 from trichord.engine import work as work_module
 from trichord.engine.config import EngineConfig
+from trichord.engine.features import SlotLayout
 from trichord.engine.work import WorkMeter, blocks_again
 from trichord.fusion.counts import Counts, executed_counts, useful_counts
 from trichord.fusion.flops import flop_table, step_flops
@@ -92,13 +93,15 @@ def test_a_model_that_cannot_be_counted_warns_once_and_has_no_figure(monkeypatch
 
 
 def test_contrasts_of_ranks_that_share_rows_are_needed_once():
-    """Two ranks at one row need together what one rank with that row would: no batch here, similarities alone."""
+    """Two ranks at one row compute together what one rank with that row would: no batch here, similarities alone."""
     model = tiny_model()
-    needed: dict[int, float] = {}
+    flops: dict[int, tuple[float, float]] = {}
     for size in (1, 2):
         engine = EngineConfig(sequence_parallel=size)
-        found = WorkMeter(model, engine, OBJECTIVES.contrastive, slots=4, micro_batches=1, world_size=size)
+        slots = SlotLayout.of(4, size, 1).slots
+        found = WorkMeter(model, engine, OBJECTIVES.contrastive, slots=slots, micro_batches=1, world_size=size)
         found.add([])
-        needed[size] = found.read()[0] * size
-    assert needed[1] > 0
-    assert needed[2] == pytest.approx(needed[1])
+        needed, executed = found.read()
+        flops[size] = needed * size, executed * size
+    assert flops[1][0] > 0
+    assert flops[2] == pytest.approx(flops[1])
