@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
+from trichord.engine.config import ranks_refusal
 
 
 def require_groups(config: RunConfig, ranks: int) -> None:
@@ -12,14 +13,8 @@ def require_groups(config: RunConfig, ranks: int) -> None:
     Raises:
         ConfigError: `engine.sequence_parallel` does not divide the ranks.
     """
-    size = config.engine.sequence_parallel
-    if ranks % size:
-        below = ranks - ranks % size
-        fit = f"{below} or {below + size}" if below else f"{size}"
-        raise ConfigError(
-            f"engine.sequence_parallel {size} does not divide the {ranks} ranks of {config.run.name}; start {fit} "
-            "ranks, or set it to a divisor of the ranks"
-        )
+    if (refusal := ranks_refusal(config.engine.sequence_parallel, ranks)) is not None:
+        raise ConfigError(f"{config.run.name}: {refusal}")
 
 
 def size_warnings(config: RunConfig, ranks: int, ranks_per_node: int) -> list[str]:

@@ -225,7 +225,7 @@ def test_ranks_without_a_row_are_told(config, cluster):
 def test_groups_that_do_not_divide_the_ranks_are_refused_before_anything_starts(config, cluster, tmp_path, cpu):
     text = Path(config).read_text().replace("fusion: {kind: none}", TRUNK)
     Path(config).write_text(text + "engine: {sequence_parallel: 4}\n")
-    wrong = "engine.sequence_parallel 4 does not divide the 6 ranks of digits; start 4 or 8 ranks"
+    wrong = "digits: engine.sequence_parallel 4 does not divide the 6 ranks of this job; start 4 or 8 ranks"
     assert wrong in str(invoke("local", config, "--procs", 6, "--dry-run").exception)
     cluster.write_text(CLUSTER.replace("gpus_per_node: 2", "gpus_per_node: 3"))
     assert wrong in str(invoke("slurm", config, "--cluster", cluster, "--nodes", 2).exception)

@@ -38,7 +38,7 @@ def test_ranks_that_do_not_fit_the_run_are_found(ready):
     heads = "fusion.trunk.num_heads=4", "fusion.trunk.num_kv_heads=4"
     code, findings = ready.preflight("engine.sequence_parallel=4", *heads, "--plan", plan)
     found = failed(findings)["ranks"]
-    assert (code, found["detail"]) == (2, "engine.sequence_parallel 4 does not divide the 6 ranks of words")
+    assert (code, found["detail"]) == (2, "words: engine.sequence_parallel 4 does not divide the 6 ranks of this job")
     assert found["remedy"] == "start 4 or 8 ranks, or set it to a divisor of the ranks"
     code, findings = ready.preflight("engine.sequence_parallel=2", "--plan", plan)
     (warned,) = [finding for finding in findings if finding["check"] == "ranks"]

@@ -6,7 +6,7 @@ from trichord.batches.config import BatchesConfig
 from trichord.checkpoints.config import CheckpointsConfig
 from trichord.core.leaf import Leaf
 from trichord.encoders.config import EncodersConfig
-from trichord.engine.config import EngineConfig, heads_refusal
+from trichord.engine.config import EngineConfig, heads_refusal, tokens_refusal, trunk_refusal
 from trichord.evaluation.config import EvaluationConfig
 from trichord.fusion.config import FusionConfig
 from trichord.layers.config import LayersConfig
@@ -76,19 +76,11 @@ class RunConfig(Leaf):
     def _check_sequence_parallel(self) -> None:
         size, tokens = self.engine.sequence_parallel, self.batches.micro_rows * self.batches.row_tokens
         trunk = self.fusion.trunk
-        if size > 1 and trunk is None:
-            raise ValueError(
-                f"engine.sequence_parallel {size} shares out the trunk's tokens, and this model has no trunk: set 1"
-            )
+        refusals = [trunk_refusal(size, trunk is not None), tokens_refusal(size, tokens)]
         if trunk is not None and trunk.weights is None:  # else its heads are those of the released trunk
-            refusal = heads_refusal(size, trunk.num_heads, trunk.num_kv_heads)
-            if refusal is not None:
-                raise ValueError(refusal)
-        if tokens % size:
-            raise ValueError(
-                f"engine.sequence_parallel {size} does not divide the {tokens} tokens of a micro-step "
-                "(batches.micro_rows * batches.row_tokens); round batches.row_tokens"
-            )
+            refusals.append(heads_refusal(size, trunk.num_heads, trunk.num_kv_heads))
+        for refusal in filter(None, refusals):
+            raise ValueError(refusal)
 
     def _check_pairs(self, pairs) -> None:
         towers = {"image": self.encoders.vision, "audio": self.encoders.audio, "text": self.encoders.text}

@@ -176,8 +176,36 @@ class EngineConfig(Leaf):
         return self
 
 
+def ranks_refusal(size: int, ranks: int) -> str | None:
+    """Why `sequence_parallel` ranks cannot share the rows of a job of so many; None: they can. So, too, below."""
+    if ranks % size == 0:
+        return None
+    below = ranks - ranks % size
+    fit = f"{below} or {below + size}" if below else f"{size}"
+    return (
+        f"engine.sequence_parallel {size} does not divide the {ranks} ranks of this job; start {fit} ranks, or set it "
+        "to a divisor of the ranks"
+    )
+
+
+def trunk_refusal(size: int, has_trunk: bool) -> str | None:
+    if size == 1 or has_trunk:
+        return None
+    return f"engine.sequence_parallel {size} shares out the trunk's tokens, and this model has no trunk: set 1"
+
+
+def tokens_refusal(size: int, tokens: int) -> str | None:
+    """tokens: of a micro-step on one rank."""
+    if tokens % size == 0:
+        return None
+    return (
+        f"engine.sequence_parallel {size} does not divide the {tokens} tokens of a micro-step "
+        "(batches.micro_rows * batches.row_tokens); round batches.row_tokens"
+    )
+
+
 def heads_refusal(size: int, heads: int, key_heads: int) -> str | None:
-    """Why `sequence_parallel` ranks cannot share so many attention and key-value heads; None: they can."""
+    """heads, key_heads: of the trunk's attention."""
 
     def fits(size: int) -> bool:
         return heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from trichord.core.dist import RankFacts
 from trichord.core.errors import ConfigError
-from trichord.engine.config import EngineConfig, heads_refusal
+from trichord.engine.config import EngineConfig, heads_refusal, ranks_refusal
 from trichord.layers.sequence import SequenceGroup
 
 
@@ -25,11 +25,8 @@ class DataPlace(NamedTuple):
 def data_place(engine: EngineConfig, facts: RankFacts) -> DataPlace:
     """Raises ConfigError: the groups do not divide the job."""
     size = engine.sequence_parallel
-    if facts.world_size % size:
-        raise ConfigError(
-            f"engine.sequence_parallel is {size}, which does not divide the {facts.world_size} ranks of this job; "
-            "start a multiple of it, or lower it"
-        )
+    if (refusal := ranks_refusal(size, facts.world_size)) is not None:
+        raise ConfigError(refusal)
     return DataPlace(facts.rank // size, facts.world_size // size, facts.rank % size, size)
 
 
@@ -42,14 +39,15 @@ def share_sequences(model: Any, engine: EngineConfig) -> None:
     size = engine.sequence_parallel
     if size == 1:
         return
-    check_heads(model, size)
+    if (refusal := trunk_heads_refusal(model, size)) is not None:
+        raise ConfigError(refusal)
     for first in range(0, dist.get_world_size(), size):
         group = dist.new_group(range(first, first + size))  # every rank takes part in making every group
         if isinstance(group, dist.ProcessGroup) and first <= dist.get_rank() < first + size:
             model.sequence = SequenceGroup(group)
 
 
-def check_heads(model: Any, size: int) -> None:
+def trunk_heads_refusal(model: Any, size: int) -> str | None:
+    """Why the heads of the trunk that a model was built with cannot be shared so."""
     trunk = model.trunk.config
-    if (refusal := heads_refusal(size, trunk.num_attention_heads, trunk.num_key_value_heads)) is not None:
-        raise ConfigError(refusal)
+    return heads_refusal(size, trunk.num_attention_heads, trunk.num_key_value_heads)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trichord.core.dist import RankFacts
 from trichord.core.errors import ConfigError
-from trichord.engine.config import EngineConfig
-from trichord.engine.sequence import check_heads, data_place
+from trichord.engine.config import EngineConfig, ranks_refusal, tokens_refusal, trunk_refusal
+from trichord.engine.sequence import trunk_heads_refusal
 from trichord.layers.sequence import SequenceGroup
 from trichord.planning.comms import Collective
 from trichord.planning.recomputation import moves_again
@@ -54,17 +53,12 @@ def check_sharing(model: Any, engine: EngineConfig, micro_tokens: int, ranks: in
     """Raises ConfigError: groups of `engine.sequence_parallel` do not fit the job, the tokens of a micro-step or the
     trunk's heads."""
     size = engine.sequence_parallel
-    data_place(engine, RankFacts(rank=0, world_size=ranks, local_rank=0))
-    if size == 1:
-        return
-    if model.trunk is None:
-        raise ConfigError(f"engine.sequence_parallel {size} shares out the trunk's tokens; this model has no trunk")
-    if micro_tokens % size:
-        raise ConfigError(
-            f"engine.sequence_parallel {size} does not divide the {micro_tokens} tokens of a micro-step "
-            "(batches.micro_rows * batches.row_tokens); round batches.row_tokens"
-        )
-    check_heads(model, size)
+    has_trunk = model.trunk is not None
+    refusals = [ranks_refusal(size, ranks), trunk_refusal(size, has_trunk), tokens_refusal(size, micro_tokens)]
+    if size > 1 and has_trunk:
+        refusals.append(trunk_heads_refusal(model, size))
+    for refusal in filter(None, refusals):
+        raise ConfigError(refusal)
 
 
 def exchanges(

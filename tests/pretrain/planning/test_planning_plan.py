@@ -237,7 +237,7 @@ def test_ranks_that_share_rows_have_a_part_of_each_and_exchange_it(subject):
 @pytest.mark.parametrize(
     ("gpus", "overrides", "message"),
     [
-        (3, ("engine.sequence_parallel=2",), "which does not divide the 3 ranks"),
+        (3, ("engine.sequence_parallel=2",), "does not divide the 3 ranks"),
         (4, ("engine.sequence_parallel=4",), "cannot share the 2 attention heads"),
         (2, ("engine.hpz_ranks=4", "engine.zero_stage=3"), "hpz_ranks is 4, which does not divide 2 GPUs"),
     ],
