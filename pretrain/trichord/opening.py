@@ -23,8 +23,10 @@ from trichord.core.status import clear_rank_statuses, write_atomically
 from trichord.engine.together import decide_on_rank_0
 from trichord.evaluate import suite_sources
 from trichord.restore import item_lengths, stored_config
+from trichord.shards.config import SourceConfig
 from trichord.shards.follow import FOLLOW_FOLDER
-from trichord.shards.index import index_shards
+from trichord.shards.index import ShardHeader, index_shards
+from trichord.shards.known import SHARDS_FILE, check_shards, record_shards
 from trichord.shards.sources import expand_shards
 from trichord.shards.storage import configure_storage
 from trichord.tracking.progress import work_progress
@@ -78,15 +80,29 @@ def fetch_from_mirror(config: RunConfig) -> None:
         write_atomically(path / "config.yaml", resolved_yaml(stored))
 
 
-def make_sidecars(config: RunConfig) -> None:
-    """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made."""
+def make_sidecars(config: RunConfig, folder: RunFolder) -> None:
+    """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made. A run that
+    goes on must find the shards that it began with.
+
+    Raises:
+        DataError: a shard cannot be read, or is not what it was when the run began.
+    """
     configure_storage(config.shards.storage)
-    for source in (*config.shards.sources, *suite_sources(config)):
-        urls = expand_shards(source)
-        with work_progress(f"index {source.name}", len(urls)) as advance:
-            index_shards(
-                urls, min(os.cpu_count() or 1, MAX_INDEXERS), lambda done, total, url: advance(1), source.fields
-            )
+    found = [(source, _indexed(source)) for source in (*config.shards.sources, *suite_sources(config))]
+    learned = {source.name: shards for source, shards in found[: len(config.shards.sources)] if not source.follow}
+    began = folder.branch_folder or folder.path
+    if folder.kind != "fresh":
+        check_shards(began / SHARDS_FILE, learned, "put them back as they were, or start a new run")
+    if folder.kind != "resume":
+        record_shards(folder.path / SHARDS_FILE, learned)
+
+
+def _indexed(source: SourceConfig) -> list[ShardHeader]:
+    urls = expand_shards(source)
+    with work_progress(f"index {source.name}", len(urls)) as advance:
+        return index_shards(
+            urls, min(os.cpu_count() or 1, MAX_INDEXERS), lambda done, total, url: advance(1), source.fields
+        )
 
 
 def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:

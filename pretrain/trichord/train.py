@@ -77,7 +77,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     resumed = start if folder.kind != "fresh" else None
 
     # Shards: found and indexed, and the length of the run known, before anything large is built.
-    decide_on_rank_0(lambda: make_sidecars(config))
+    decide_on_rank_0(lambda: make_sidecars(config, folder))
     config = fix_length(config, folder)
     total_steps = config.run.max_steps or 0
 

@@ -91,11 +91,17 @@ SETTINGS = (
 )
 
 
+def loss_weights(*weights):
+    sources = zip(("it", "at", "iat"), weights, strict=True)
+    return tuple(f"shards.sources.{name}.loss_weight={weight}" for name, weight in sources)
+
+
 def test_a_run_counts_its_samples_once_and_goes_on_without_sharing(data, tmp_path):
-    alone = whole_run(data, tmp_path / "alone", 1, 1, *SETTINGS)
-    together = whole_run(data, tmp_path / "together", 2, 2, *SETTINGS, "run.max_steps=16")
+    alone = whole_run(data, tmp_path / "alone", 1, 1, *SETTINGS, *loss_weights(1, 2, 1))
+    settings = *SETTINGS, *loss_weights(3, 6, 3)  # the loss is a mean by weight: the scale is nothing
+    together = whole_run(data, tmp_path / "together", 2, 2, *settings, "run.max_steps=16")
     assert len(read_metrics(together)) == 16
-    together = whole_run(data, tmp_path / "together", 2, 1, *SETTINGS)
+    together = whole_run(data, tmp_path / "together", 2, 1, *settings)
     assert last(together) == last(alone)
     assert last(alone)[2], "no bad sample was met: the case does not cover it"
     assert losses(together) == pytest.approx(losses(alone), rel=1e-5)

@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trichord.batches.collate import collate
 from trichord.batches.config import BatchesConfig
 from trichord.batches.dealing import RowLayout
@@ -126,6 +129,7 @@ class Loader:
         self._rank = rank
         self._place, self._sequence_size = sequence_place, sequence_size
         self._is_keeper = sequence_place == 0
+        self._source_weights = _loss_weights(shards)
         self.micro_steps = self._layout.micro_steps
         cursors = {lane: LaneCursor(self._order.first_state(lane)) for lane in range(batches.num_lanes)}
         self._start = LoaderState(0, cursors, data_identity(shards, self._planner, seed))
@@ -208,7 +212,9 @@ class Loader:
         missing = self.micro_steps * size - len(rows)
         if missing:
             rows += [self._decoder.build([], [])] * missing
-        batches = (collate(rows[at : at + size]) for at in range(0, len(rows), size))
+        batches = [collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+        if self._source_weights is not None:
+            batches = [batch.weighed(self._source_weights) for batch in batches]
         micro_batches = tuple(batch.shared(self._place, self._sequence_size) for batch in batches)
         left_out = [*planned.left_out, *(bad for row in decoded for bad in row.bad)] if self._is_keeper else []
         step = self._state.step + 1
@@ -282,6 +288,12 @@ def count_steps(
         if on_progress is not None:
             on_progress(lane + 1, batches.num_lanes)
     return most
+
+
+def _loss_weights(shards: ShardsConfig) -> Tensor | None:
+    """(sources,) fp32; None where all are alike."""
+    weights = [source.loss_weight for source in shards.sources]
+    return torch.tensor(weights) if any(weight != 1.0 for weight in weights) else None
 
 
 def _warn_of_waste(batches: BatchesConfig, micro_steps: int, rank: int, world_size: int) -> None:

@@ -164,14 +164,17 @@ class LoaderState:
         self._need_all_lanes()
         return f"{self.left_out.digest:032x}"
 
-    def check_fits(self, data: dict[str, Any]) -> None:
+    def check_fits(self, data: dict[str, Any], advice: str = "restore the old value, or start a new run") -> None:
         """Raises CheckpointError, naming both values, when the state belongs to other data or another packing."""
         for key, now in data.items():
             then = self.data.get(key)
             if then != now:
+                told = f"{key} {then!r}, now it is {now!r}"
+                if key == "sources":
+                    told = _told_sources(then, now) or told
                 raise CheckpointError(
-                    f"the loader state was made with {key} {then!r}, now it is {now!r}: the order of samples would not "
-                    "go on where it stopped; restore the old value, or start a new run"
+                    f"the loader state was made with {told}: the order of samples would not go on where it stopped; "
+                    f"{advice}"
                 )
         self._need_all_lanes()
 
@@ -182,6 +185,19 @@ class LoaderState:
                 f"expected the loader state of all {self.num_lanes} lanes, lanes {missing[:5]} are missing; "
                 "merge the states of all ranks with LoaderState.merge first"
             )
+
+
+def _told_sources(then: Any, now: list[list[str]]) -> str:
+    """Where the same sources hold other shards or leave out others: which; digests say nothing to a reader."""
+    if not isinstance(then, list) or [source[0] for source in then] != [source[0] for source in now]:
+        return ""
+    parts = [
+        f"other {what} of source {old[0]!r}"
+        for old, new in zip(then, now)
+        for what, place in (("shards (or another order of them)", 1), ("filters, or another list of excluded samples,", 2))
+        if old[place] != new[place]
+    ]
+    return f"{' and '.join(parts)} than there are now"
 
 
 def _ref_bytes(refs: Iterable[SampleRef]) -> bytes:

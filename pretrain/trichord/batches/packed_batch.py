@@ -54,11 +54,13 @@ class PackedBatch:
         sample_ids (S, 3) int64: source number, epoch, sample number inside the source. The pieces of a sample that is
             longer than a row have the same.
         bad_segments (S,) bool: decoded badly; its tokens are slack, its items absent.
+        label_weights (K,) float32: how much each label counts in training, by its sample's source; None: all alike.
     Host facts:
         num_segments, num_images, num_audios, num_labels, max_seqlen, useful_tokens (non-slack).
         causal_pairs, visible_pairs: pairs of query and key in one segment with key <= query, and with key < span_ends.
         image_counts, audio_counts: tokens per image and per clip in the stream, as tuples of ints.
         part: what of the batch this rank computes, where several share it; None: all of it.
+        label_weight_sum: of this rank's labels; None: as many as there are.
     """
 
     input_ids: Tensor
@@ -98,6 +100,13 @@ class PackedBatch:
     causal_pairs: int
     visible_pairs: int
     part: SequencePart | None = None
+    label_weights: Tensor | None = None
+    label_weight_sum: float | None = None
+
+    @property
+    def label_weight(self) -> float:
+        """Of all labels that this rank computes."""
+        return self.own.count(self.own.labels) if self.label_weight_sum is None else self.label_weight_sum
 
     @property
     def own(self) -> SequencePart:
@@ -121,11 +130,22 @@ class PackedBatch:
             images=Items(self.image_counts, self.image_index.numpy(), self.image_segments.numpy()),
             audios=Items(self.audio_counts, self.audio_index.numpy(), self.audio_segments.numpy()),
         )
-        return replace(self, part=part)
+        return replace(self, part=part)._weighed()
+
+    def weighed(self, source_weights: Tensor) -> PackedBatch:
+        """The same batch, on the CPU, whose labels count by the source of their sample. source_weights (sources,)."""
+        segments = self.segment_ids[self.label_index].long()
+        return replace(self, label_weights=source_weights[self.sample_ids[segments, 0]])._weighed()
+
+    def _weighed(self) -> PackedBatch:
+        if self.label_weights is None:
+            return self
+        own = self.label_weights[self.own.own(self.own.labels)]
+        return replace(self, label_weight_sum=float(own.double().sum()))
 
     def unshared(self) -> PackedBatch:
         """The same batch for one rank to compute alone."""
-        return replace(self, part=None)
+        return replace(self, part=None)._weighed()
 
     def clips(self, chosen: slice) -> tuple[Tensor, list[int], Tensor, list[int]]:
         """Waveforms, audio_offsets, log_mels and mel_offsets of some clips, one after the other; offsets from 0."""

@@ -144,8 +144,8 @@ def build(
             tasks = _tasks(folder, plan, check_contents, on_bad, fields)
             _note_moves(folder, layout.prefix, plan, _write_all(tasks, workers, ray, on_progress))
         result = _publish(folder, out_dir)
-    index_shards(result.paths, workers, fields=fields)  # fresh by now; one look each
-    _report(result, out_dir, layout.prefix)
+        index_shards(result.paths, workers, fields=fields)  # fresh by now; one look each
+        _report(result, out_dir, layout.prefix)
     return result
 
 

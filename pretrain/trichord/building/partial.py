@@ -61,6 +61,17 @@ def refuse_taken(folder: Path, prefix: str) -> None:
         raise ConfigError(f"{taken[0]} is there already; choose another folder or prefix, or delete the old shards")
 
 
+def stopped_words(out_dir: Path, prefix: str) -> str:
+    """What is there of a build that was stopped, and what to do."""
+    folder = out_dir / f".{prefix}.partial"
+    try:
+        shards = len(json.loads((folder / PLAN_FILE).read_text())["shards"])
+    except (OSError, ValueError, LookupError):
+        return f"stopped; there is no list of samples in {out_dir} yet, or all is there; the same command begins anew"
+    done = len(list(folder.glob("[0-9]*.json")))
+    return f"stopped; {done} of {shards} shards are there (in {folder}); the same command goes on"
+
+
 def _refuse_other(folder: Path, of: dict[str, Any]) -> None:
     """A half-done build goes on only as what it began as."""
     if not (folder / PLAN_FILE).exists():

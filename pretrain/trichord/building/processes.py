@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from trichord.core.errors import DataError
-from trichord.core.processes import die_with_parent
+from trichord.core.processes import enter_worker
+from trichord.core.stopping import signals_held, signals_kept
 
 _RAY_TASKS_AHEAD = 4
 """Ray tasks handed over at a time, per worker."""
@@ -43,7 +43,9 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task],
         workers, mp_context=get_context("spawn"), initializer=enter_worker, initargs=(os.getpid(),)
     )
     try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
+        with signals_held():
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise DataError(
@@ -52,12 +54,6 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Sequence[Task],
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def enter_worker(parent_pid: int) -> None:
-    """A worker dies with its parent, and on Ctrl-C without a word: the parent says what there is to say."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    die_with_parent(parent_pid)
 
 
 def _run_on_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
@@ -94,7 +90,8 @@ def _ray_cluster(workers: int) -> Iterator[Any]:
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as logs:
         try:
             options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": logs} if own else {}
-            ray.init(log_to_driver=False, **options)
+            with signals_kept():  # Ray's own print its C++ stack
+                ray.init(log_to_driver=False, **options)
             yield ray
         finally:
             ray.shutdown()

@@ -14,6 +14,7 @@ import typer
 from trichord import __version__
 from trichord.core.errors import EXIT_CONFIG, EXIT_DONE, TrichordError
 from trichord.core.log import quiet_libraries
+from trichord.core.stopping import Stopped
 
 EXIT_INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if arguments is None else arguments)
         result = app(args=words, prog_name="trichord", standalone_mode=False)
         return result if isinstance(result, int) else EXIT_DONE
+    except Stopped as stopped:  # no error
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except TrichordError as error:
         return _fail(str(error), error.exit_code)
     except typer.Abort:  # what click makes of Ctrl-C

@@ -11,6 +11,7 @@ import typer
 from trichord.cli.app import data_app
 from trichord.cli.output import advancing
 from trichord.core.errors import ConfigError
+from trichord.core.stopping import stoppable
 
 
 class SourceKind(str, Enum):
@@ -98,6 +99,7 @@ def data_build(
     """Shards with their sidecars from a folder, a table, annotations, conversations or a dataset on disk."""
     from trichord.building.build import Layout, build
     from trichord.building.kinds import ConvertOptions, guess_kind, source_identity, source_rows
+    from trichord.building.partial import stopped_words
     from trichord.core.log import configure_logging
     from trichord.shards.config import FieldsConfig
 
@@ -116,7 +118,7 @@ def data_build(
     layout = Layout(prefix, samples_per_shard, round(max_mib * 2**20), shuffle)
     rows = source_rows(source, chosen, options, FieldsConfig(), shuffle is not None)
     identity = source_identity(source, chosen, options)
-    with advancing("build") as advance:
+    with stoppable(lambda: stopped_words(out, prefix)), advancing("build") as advance:
         result = build(
             rows,
             out,
@@ -153,9 +155,10 @@ def data_split(
 ) -> None:
     """Copy samples to shards per class, or to training and held-out shards; with an overlay for run configs."""
     from trichord.building.build import Layout
+    from trichord.building.partial import stopped_words
     from trichord.building.split import SOURCES_FILE, by_fractions, by_value, split_shards
     from trichord.core.log import configure_logging
-    from trichord.shards.config import SourceConfig
+    from trichord.shards.arguments import argument_shards
     from trichord.shards.sources import expand_shards
 
     if (by is None) == (fractions is None):
@@ -164,8 +167,8 @@ def data_split(
         raise ConfigError("--group is for --fractions; --by KEY keeps equal values together already")
     configure_logging()
     group_of = by_value(by) if by is not None else by_fractions(_shares(fractions or ""), group)
-    urls = expand_shards(SourceConfig(name="arguments", shards=tuple(shards)))
-    with advancing("split") as advance:
+    urls = expand_shards(argument_shards(shards))
+    with stoppable(lambda: stopped_words(out, prefix)), advancing("split") as advance:
         result = split_shards(
             urls,
             out,

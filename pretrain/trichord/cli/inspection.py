@@ -56,6 +56,11 @@ class Scheme(str, Enum):
     inverse = "inverse"
 
 
+class Means(str, Enum):
+    draws = "draws"
+    loss = "loss"
+
+
 @data_app.command("stats")
 def data_stats(
     what: Target,
@@ -74,6 +79,7 @@ def data_stats(
         str | None, typer.Option(help="Weights against imbalance: of `source`, or of the classes of a --label.")
     ] = None,
     scheme: Annotated[Scheme, typer.Option(help="How strongly --balance evens out.")] = Scheme.sqrt,
+    balance_as: Annotated[Means, typer.Option(help="Draw the rare more often, or have them count more.")] = Means.draws,
     beta: Annotated[float, typer.Option(help="Of the effective number of samples.")] = 0.9999,
     balance: Annotated[Path | None, typer.Option(help="Write the weights here, to lay over a config.")] = None,
     workers: Workers = CPUS,
@@ -105,7 +111,7 @@ def data_stats(
         print(f"\nweights by {by}")
         print_rows(balance_table(balanced[1]))
         if balance is not None:
-            write_overlay(balanced[1], by, scheme.value, balance)
+            write_overlay(balanced[1], by, scheme.value, balance_as.value, balance)
     write_json(json_file, result)
     if html is not None:
         title = target.config.run.name if target.config else ", ".join(what)

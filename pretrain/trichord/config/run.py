@@ -58,6 +58,7 @@ class RunConfig(Leaf):
             self._check_pairs(self.objectives.contrastive.pairs)
         self._check_learning_rooms()
         self._check_sequence_parallel()
+        self._check_loss_weights()
         if self.evaluation is not None and self.evaluation.ema and self.engine.ema_decay is None:
             raise ValueError(
                 "evaluation.ema evaluates the average of the weights: set engine.ema_decay, or ema to false"
@@ -81,6 +82,14 @@ class RunConfig(Leaf):
             refusals.append(heads_refusal(size, trunk.num_heads, trunk.num_kv_heads))
         for refusal in filter(None, refusals):
             raise ValueError(refusal)
+
+    def _check_loss_weights(self) -> None:
+        weighed = [source.name for source in self.shards.sources if source.loss_weight != 1.0]
+        if weighed and self.objectives.next_token is None:
+            raise ValueError(
+                f"shards.sources {', '.join(weighed)}: loss_weight counts in objectives.next_token, which this run "
+                "does not have; change `weight`, the share of draws"
+            )
 
     def _check_pairs(self, pairs) -> None:
         towers = {"image": self.encoders.vision, "audio": self.encoders.audio, "text": self.encoders.text}

@@ -5,6 +5,15 @@ import os
 import signal
 
 _PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What a user, a scheduler or a closed terminal sends to end a command."""
+
+
+def enter_worker(parent_pid: int) -> None:
+    """A worker dies with its parent, and of a signal without a word: the parent says what there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see stopping.signals_held
+    die_with_parent(parent_pid)
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trichord.core.errors import ConfigError
 from trichord.engine.config import EngineConfig
+from trichord.engine.overlay import lay_over
 
 # Elements of a message that DeepSpeed collects before it sends. Its own choice, 5e8, is the upper end: 1 GB of buffer
 # in bf16, two of them with overlap. What is still to send when the backward pass ends cannot hide behind it, so a model
@@ -14,16 +14,6 @@ from trichord.engine.config import EngineConfig
 MOST_BUCKET_ELEMENTS = 500_000_000
 LEAST_BUCKET_ELEMENTS = 2**24
 _MESSAGES = 16
-
-# Sections of the JSON that would be another optimizer, schedule or precision than the typed config says, or be ignored.
-_TYPED_SECTIONS = {
-    "optimizer": "engine.optimizer",
-    "scheduler": "engine.schedule",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "amp": "engine.precision",
-    "torch_autocast": "engine.precision",
-}
 
 
 def bucket_elements(num_parameters: int) -> int:
@@ -40,8 +30,7 @@ def deepspeed_config(
     num_parameters: trainable ones, by which messages are sized; None: as for the largest models.
 
     Raises:
-        ConfigError: the user's overlay sets a key that the typed config also sets, to another value, or a section that
-            a typed key stands for.
+        ConfigError: the user's overlay contradicts a typed key, or has a name that is none or refused.
     """
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_rows,
@@ -54,10 +43,7 @@ def deepspeed_config(
         "steps_per_print": 2**31 - 1,  # we log ourselves
         **_precision(engine),
     }
-    for section, key in _TYPED_SECTIONS.items():
-        if section in engine.deepspeed and section not in derived:
-            raise ConfigError(f"engine.deepspeed.{section} is not for this run: {key} says what it is; set that key")
-    return _overlay(derived, engine.deepspeed, path="engine.deepspeed")
+    return lay_over(derived, engine.deepspeed)
 
 
 def _zero(engine: EngineConfig, num_parameters: int | None) -> dict[str, Any]:
@@ -106,19 +92,3 @@ def _precision(engine: EngineConfig) -> dict[str, Any]:
             }
         }
     return {}
-
-
-def _overlay(derived: dict[str, Any], overlay: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(derived)
-    for key, value in overlay.items():
-        where = f"{path}.{key}"
-        if key not in derived:
-            merged[key] = value
-        elif isinstance(derived[key], dict) and isinstance(value, dict):
-            merged[key] = _overlay(derived[key], value, where)
-        elif derived[key] != value:
-            raise ConfigError(
-                f"{where} is {value!r}, but the typed config says {derived[key]!r}; "
-                "change the typed key, or remove it from the overlay"
-            )
-    return merged

@@ -22,7 +22,7 @@ from trichord.engine.label_losses import label_sums
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
-# What the one count all-reduce of a step carries.
+# What the one count all-reduce of a step carries. labels: each as much as it weighs.
 COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "filtered", "stop")
 
 
@@ -96,7 +96,7 @@ class Stepper:
         """(len(COUNT_NAMES),) fp32 on the device, summed over ranks. Exact up to 2^24 of each per step."""
         parts = [batch.own for batch in batches]
         own = {
-            "labels": sum(own.count(own.labels) for own in parts),
+            "labels": sum(batch.label_weight for batch in batches),
             "useful_tokens": sum(own.useful_tokens for own in parts),
             "slots": sum(own.count(own.tokens) for own in parts),
             **local_counts,

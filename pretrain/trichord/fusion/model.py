@@ -58,8 +58,8 @@ class ModelOutput:
     """What the objectives need.
 
     next_token_loss_sum: () fp32, cross-entropy summed over the labelled positions, in training with the smoothing and
-        the z-loss that the objective asks for; None without trunk or objective.
-    next_token_losses (K,) fp32, without gradient: the same, label by label; None where there is no label.
+        the z-loss that the objective asks for, and by the weight of each label; None without trunk or objective.
+    next_token_losses (K,) fp32, without gradient: the same, label by label, unweighed; None where there is no label.
     image_embeds (I, E), audio_embeds (A, E), text_embeds (S, E): fp32 of length 1, segments without text all 0; None
         without a contrastive objective or tower.
     logit_scale, logit_bias: (1,) fp32; None without a contrastive objective.
@@ -251,7 +251,9 @@ class Trichord(nn.Module):
             places = batch.label_index[own.own(own.labels)]
             labels, first = batch.labels[places], own.tokens[own.place]
             losses = self.trunk.lm_head(hidden[places - first if first else places], labels, reduction="none")
-            return losses.sum(), losses.detach()
+            if batch.label_weights is None or not self.training:
+                return losses.sum(), losses.detach()
+            return (losses * batch.label_weights[own.own(own.labels)]).sum(), losses.detach()
         # No label on this rank: one row times zero, so that the head and the trunk still run backwards.
         return 0.0 * self.trunk.lm_head(hidden[:1], torch.zeros_like(batch.labels[:1])), None
 

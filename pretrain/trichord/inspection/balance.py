@@ -24,6 +24,7 @@ from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
 
 Scheme = Literal["sqrt", "effective", "inverse"]
+Means = Literal["draws", "loss"]
 SCHEMES: tuple[Scheme, ...] = ("sqrt", "effective", "inverse")
 DEFAULT_BETA = 0.9999
 
@@ -102,8 +103,10 @@ def counts_of(stats: Mapping[str, Any], by: str) -> dict[str, int]:
     return dict(label["classes"])
 
 
-def overlay(rows: list[Balance], by: str, scheme: Scheme) -> str:
+def overlay(rows: list[Balance], by: str, scheme: Scheme, means: Means = "draws") -> str:
     """YAML to lay over a run config: a weight per source; classes are the sources that `trichord data split` makes.
+
+    means: the shares of draws, or the weights in the loss; then each is drawn as often as there are samples of it.
 
     Raises:
         ConfigError: a class cannot be the name of a source, or two would have the same.
@@ -111,18 +114,25 @@ def overlay(rows: list[Balance], by: str, scheme: Scheme) -> str:
     names = [row.name if by == "source" else group_name(row.name) for row in rows]
     if "" in names or len(set(names)) < len(names):
         raise ConfigError(f"not every class can name a source of its own: {', '.join(names[:20])}; rename classes")
-    # Weights are relative: the largest source keeps 1, the rest are easier to read beside it.
-    first = rows[0].shares[scheme]
-    weights = {name: {"weight": float(f"{row.shares[scheme] / first:.6g}")} for name, row in zip(names, rows)}
+    weights = {name: _keys(row, rows[0], scheme, means) for name, row in zip(names, rows)}
     text = dump_yaml({"shards": {"sources": weights}})
     sources = "" if by == "source" else " sources.yaml"
     hint = "" if by == "source" else f"# sources.yaml is what `trichord data split --by {by}` wrote\n"
-    return f"# Shares of draws by {by}, scheme {scheme}: trichord train CONFIG{sources} THIS_FILE\n{hint}{text}"
+    what = "Shares of draws" if means == "draws" else "Weights in the loss"
+    return f"# {what} by {by}, scheme {scheme}: trichord train CONFIG{sources} THIS_FILE\n{hint}{text}"
 
 
-def write_overlay(rows: list[Balance], by: str, scheme: Scheme, file: Path) -> None:
+def _keys(row: Balance, largest: Balance, scheme: Scheme, means: Means) -> dict[str, float]:
+    """Of one source. Shares of draws are relative: the largest has 1, the rest are easier to read beside it."""
+    keys = {"weight": row.shares[scheme] / largest.shares[scheme]}
+    if means == "loss":
+        keys = {"weight": row.count / largest.count, "loss_weight": row.losses[scheme]}
+    return {name: float(f"{value:.6g}") for name, value in keys.items()}
+
+
+def write_overlay(rows: list[Balance], by: str, scheme: Scheme, means: Means, file: Path) -> None:
     """Write `overlay`. Raises ConfigError where it cannot be written."""
-    text = overlay(rows, by, scheme)
+    text = overlay(rows, by, scheme, means)
     try:
         write_atomically(file, text)
     except OSError as error:

@@ -11,8 +11,9 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import TypeVar
 
-from trichord.building.processes import enter_worker
 from trichord.core.errors import DataError
+from trichord.core.processes import enter_worker
+from trichord.core.stopping import signals_held
 from trichord.shards.config import StorageConfig
 from trichord.shards.storage import configure_storage
 
@@ -66,7 +67,8 @@ def _enter(parent_pid: int, storage: StorageConfig) -> None:
 def _in_order(
     pool: ProcessPoolExecutor, work: Callable[[Job], Result], todo: Iterator[Job], ahead: int
 ) -> Iterator[tuple[Job, Result]]:
-    running = deque((job, pool.submit(work, job)) for job in islice(todo, ahead))
+    with signals_held():
+        running = deque((job, pool.submit(work, job)) for job in islice(todo, ahead))
     while running:
         job, future = running.popleft()
         try:

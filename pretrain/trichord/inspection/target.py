@@ -11,11 +11,10 @@ from trichord.config.load import load_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
 from trichord.samples.config import SamplesConfig
-from trichord.shards.config import ShardsConfig, SourceConfig
+from trichord.shards.arguments import argument_shards
+from trichord.shards.config import ShardsConfig
 
-_SHARD = re.compile(r"(\.tar|\.tar\.gz|\.tgz|\.txt)$|://|[*?{\[]")
-SHARDS_NAME = "shards"
-"""Name of the source where shards are named and no config."""
+_SHARD = re.compile(r"(\.tar|\.tar\.gz|\.tgz|\.txt)$|://|^pipe:|[*?{\[]")
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,13 @@ def find_target(words: Sequence[str]) -> Target:
     """CONFIG [overrides ...], or shards: paths, globs, brace ranges, URLs, folders of tars.
 
     Raises:
-        ConfigError: neither of both, or the config is not valid.
+        ConfigError: neither of both, a pipe, or the config is not valid.
     """
     if not words:
         raise ConfigError("expected a config, or shards (paths, globs, URLs or folders of .tar files), got nothing")
     named = [bool(_SHARD.search(word)) or os.path.isdir(word) for word in words]
     if all(named):
-        source = SourceConfig(name=SHARDS_NAME, shards=tuple(words))
-        return Target(ShardsConfig(sources=(source,)), SamplesConfig(), None)
+        return Target(ShardsConfig(sources=(argument_shards(words),)), SamplesConfig(), None)
     if named[0]:
         raise ConfigError(f"expected shards only after {words[0]!r}, got {words[named.index(False)]!r}")
     config = load_run_config(words[0], words[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trichord.planning.gpus import Fabric
 from trichord.planning.layout import CONTEXT_BYTES, FRAGMENTATION_FRAC, PROCESS_BYTES, WORKER_BYTES
 from trichord.planning.memory import GIB
 from trichord.planning.roofline import HIDDEN_FRAC, HOST_ADAM_GB_PER_S, HOST_GB_PER_S, LAUNCH_S
@@ -52,12 +53,20 @@ def _time(subject: Subject, machine: Machine) -> list[str]:
         f"a kernel takes at least {LAUNCH_S * 1e6:.0f} us; the backward pass moves twice the forward pass's bytes",
         f"{fabric.gpus_per_node} GPUs per node, {fabric.link_gb_per_s:.0f} GB/s between them, "
         f"{fabric.node_gb_per_s:.0f} GB/s from node to node, {100 * fabric.share:.0f} % of it reached; "
-        f"{fabric.alpha_inside_s * 1e6:.0f} us and "
-        f"{fabric.alpha_between_s * 1e6:.0f} us a hop",
+        f"{fabric.alpha_inside_s * 1e6:.0f} us and {fabric.alpha_between_s * 1e6:.0f} us a hop",
+        _algorithms(fabric),
         f"{100 * HIDDEN_FRAC:.0f} % of a collective that runs beside computation is hidden, as far as that lasts",
         f"offload: {HOST_GB_PER_S:.0f} GB/s per GPU to the host, {HOST_ADAM_GB_PER_S:.0f} GB/s for a node's updates",
         "data, checkpoints and evaluation never hold a step up, ranks are equally fast, nothing fails",
     ]
+
+
+def _algorithms(fabric: Fabric) -> str:
+    inside, between = fabric.alpha_ring_inside_s * 1e6, fabric.alpha_ring_between_s * 1e6
+    ring = "PAT's logarithm of the nodes (NCCL from 2.23 on)" if fabric.gpus_per_node == 1 else (
+        f"a ring over all ranks, {inside:.0f} us a hop in a node and {between:.0f} us between nodes")  # fmt: skip
+    return (f"collectives between nodes as NCCL's cost model has them: all-reduce in a tree, all-gather and "
+            f"reduce-scatter in {ring}; no SHARP")  # fmt: skip
 
 
 def _not_looked_at(subject: Subject) -> list[str]:

@@ -2,9 +2,19 @@
 
 Bytes are those of the whole tensor that a collective is about. What one of N ranks sends in a ring is
 (N - 1) / N of it for all-gather, reduce-scatter, reduce and broadcast, twice that for an all-reduce (Patarasu and Yuan
-2009). The time is an alpha-beta model: a latency per message and hop, and bytes over the slowest link of the ring.
+2009). For an all-to-all they are what each rank puts in, and a rank sends (N - 1) / N of that.
 
-For an all-to-all they are what each rank puts in, and a rank sends (N - 1) / N of that.
+The time is an alpha-beta model: a latency per message and hop, and bytes over the slowest link of the ring. Hops are
+those of NCCL's own cost model (NVIDIA/nccl, src/graph/tuning.cc; PAT: Jeaugey 2025, arXiv 2506.20252), which for messages
+of megabytes and below is mostly latency:
+
+    all-reduce        a tree: up and down the node's chain and the logarithm of the nodes
+    all-gather,       a ring over all ranks: R - n hops inside of nodes and n - 1 between, for R ranks on n nodes, as
+    reduce-scatter,   trees do not serve these; the logarithm of the nodes only where each has one GPU, for the first
+    reduce            two (PAT, from NCCL 2.23 on; with several GPUs in a node NCCL does not choose it)
+    all-to-all        a message to each peer of the node, and to each other node
+
+Not counted, all of which make it faster: NVLink SHARP in a node, SHARP in switches, PAT over several GPUs of a node.
 
 Volumes per step (Psi gradients in bytes, A micro-steps), as DeepSpeed does it with this project's settings:
 
@@ -56,23 +66,25 @@ class Collective:
         return _ROUNDS[self.op] * self.bytes * (ranks - 1) / ranks
 
     def seconds(self, fabric: Fabric, ranks: int) -> float:
-        """On `ranks` GPUs, each node full before the next is begun.
-
-        Latency: hops of a ring inside the node, or peers of an all-to-all; between nodes likewise, but for an
-        all-reduce a tree, twice the logarithm of their number. In an all-to-all each GPU has only its own part of the
-        node's network.
-        """
+        """On `ranks` GPUs, each node full before the next is begun. In an all-to-all each GPU has only its own part of
+        the node's network."""
         ranks = self.ranks or ranks
         if ranks == 1:
             return 0.0
         nodes = math.ceil(ranks / fabric.gpus_per_node)
-        rounds = _ROUNDS[self.op]
-        inside = (min(ranks, fabric.gpus_per_node) - 1) * fabric.alpha_inside_s * rounds
-        hops = 2 * math.ceil(math.log2(nodes)) if self.op == "all_reduce" else nodes - 1
-        latency = inside + hops * fabric.alpha_between_s
         alone = self.op == "all_to_all" and nodes > 1
         speed = fabric.own_bytes_per_s() if alone else fabric.ring_bytes_per_s(nodes)
-        return self.messages * latency + self.sent(ranks) / speed
+        return self.latency_s(fabric, ranks) + self.sent(ranks) / speed
+
+    def latency_s(self, fabric: Fabric, ranks: int) -> float:
+        """Seconds of all its messages that no bandwidth makes shorter: hops as in this module's list."""
+        ranks = self.ranks or ranks
+        nodes = math.ceil(ranks / fabric.gpus_per_node)
+        if nodes > 1 and self.op in ("all_gather", "reduce_scatter", "reduce"):
+            return self.messages * _ring_latency_s(fabric, ranks, nodes, self.op)
+        inside = (min(ranks, fabric.gpus_per_node) - 1) * fabric.alpha_inside_s * _ROUNDS[self.op]
+        between = 2 * math.ceil(math.log2(nodes)) if self.op == "all_reduce" else nodes - 1
+        return self.messages * (inside + between * fabric.alpha_between_s)
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,14 @@ class Features:
     slots: int
     embed_dim: int
     modalities: int
+
+
+def _ring_latency_s(fabric: Fabric, ranks: int, nodes: int, op: Op) -> float:
+    """Of one message between nodes."""
+    ring = (ranks - nodes) * fabric.alpha_ring_inside_s + (nodes - 1) * fabric.alpha_ring_between_s
+    if fabric.gpus_per_node > 1 or op == "reduce":
+        return ring
+    return min(ring, math.ceil(math.log2(nodes)) * fabric.alpha_between_s)
 
 
 def collectives(

@@ -62,7 +62,10 @@ def find_gpu(name: str) -> Gpu:
 @dataclass(frozen=True)
 class Fabric:
     """Links of a job. node_gb_per_s: from one node to the others, all cards together; share: of the printed bandwidth
-    that a collective reaches; alphas: latency of a hop inside a node and between nodes."""
+    that a collective reaches; alphas: latency of a hop inside a node that is alone and between nodes. In a ring over
+    several nodes hops are pipelined: 1 us for one inside a node (what the network's proxy takes for each), 3 us between
+    nodes, as NCCL reckons with for its low-latency protocols (hwLat, getNetOverhead in src/graph/tuning.cc: 0.6 to 1.9
+    and 2.7 to 4 us)."""
 
     gpus_per_node: int
     link_gb_per_s: float
@@ -70,6 +73,8 @@ class Fabric:
     share: float = 0.8
     alpha_inside_s: float = 3e-6
     alpha_between_s: float = 10e-6
+    alpha_ring_inside_s: float = 1e-6
+    alpha_ring_between_s: float = 3e-6
 
     @classmethod
     def of(cls, gpu: Gpu, gpus_per_node: int = 8, node_gb_per_s: float | None = None) -> Fabric:

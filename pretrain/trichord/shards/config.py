@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trichord.core.leaf import Leaf
+from trichord.shards.formats import refusal
 
 Modality = Literal["image", "audio", "text"]
 
@@ -16,6 +17,19 @@ class FieldsConfig(Leaf):
     audio: tuple[str, ...] = ("flac", "wav", "mp3", "ogg", "opus")
     text: tuple[str, ...] = ("txt",)
     meta: tuple[str, ...] = ("json",)
+
+    @field_validator("image", "audio", "text", "meta", mode="before")
+    @classmethod
+    def _one_or_many(cls, value):
+        """A string is a list of one; webdataset writes several as `jpg;jpeg`."""
+        return tuple(value.split(";")) if isinstance(value, str) else value
+
+    @field_validator("image", "audio", "text", "meta")
+    @classmethod
+    def _can_match(cls, extensions: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for reason in filter(None, (refusal(info.field_name or "", ext) for ext in extensions)):
+            raise ValueError(reason)
+        return extensions
 
     @field_validator("image", "audio", "text", "meta")
     @classmethod
@@ -61,6 +75,14 @@ class FiltersConfig(Leaf):
     """JSON-lines files whose lines name a `shard` (its base name counts) and a `key`: a run's quarantine.jsonl, what
     `trichord data lint` and `trichord data stats --duplicates` write."""
 
+    @model_validator(mode="after")
+    def _ranges_hold_something(self):
+        for name in ("audio_seconds", "text_chars"):
+            least, most = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{name} {least:g} is above max_{name} {most:g}, so no sample would be left")
+        return self
+
 
 class SourceConfig(Leaf):
     """A weighted set of shards."""
@@ -74,6 +96,9 @@ class SourceConfig(Leaf):
     """Share of draws (or tokens, see `shards.weights_by`), relative to the others of its group."""
     weight_schedule: tuple[tuple[int, float], ...] = ()
     """(step, weight) pairs, steps ascending: from each step on, that weight; before the first, `weight`."""
+    loss_weight: float = Field(default=1.0, gt=0)
+    """How much each of its labels counts in the next-token loss, a mean by weight. Training only; the order of samples
+    does not change."""
     group: str = Field(default="", pattern=r"^([A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)?$")
     """Path of the group it belongs to, such as `speech/english`; empty: none. See `shards.group_weights`."""
     epochs: int | None = Field(default=None, ge=1)

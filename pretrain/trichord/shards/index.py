@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
-from trichord.core.processes import die_with_parent
+from trichord.core.processes import enter_worker
+from trichord.core.stopping import signals_held
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig, StorageConfig
 from trichord.shards.entries import FieldMap, Measures, SampleEntry, Sibling, make_entry
@@ -250,13 +251,15 @@ def index_shards(
         # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
         told = (os.getpid(), settings())
         with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _enter_indexer, told) as pool:
-            for future in as_completed([pool.submit(load_header, url, fields) for url in todo]):
+            with signals_held():
+                futures = [pool.submit(load_header, url, fields) for url in todo]
+            for future in as_completed(futures):
                 note(future.result())
     return [headers[url] for url in urls]
 
 
 def _enter_indexer(parent_pid: int, storage: StorageConfig) -> None:
-    die_with_parent(parent_pid)
+    enter_worker(parent_pid)
     configure_storage(storage)
 
 

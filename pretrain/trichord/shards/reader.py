@@ -58,6 +58,11 @@ class SourceTable:
         return self.config.name
 
     @property
+    def headers(self) -> Sequence[ShardHeader]:
+        """Of the shards known so far, in their order."""
+        return self._headers
+
+    @property
     def num_samples(self) -> int:
         """Samples known so far; see `shards_at` for those of an epoch."""
         return self._ends[-1] if self._ends else 0

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +55,9 @@ def test_parts_make_up_the_batch(rows, size):
     assert [at for p in parts for at in taken(p.tokens, range(48 * len(rows)), p)] == list(range(48 * len(rows)))
     assert [label for p in parts for label in taken(p.labels, labels, p)] == labels
     assert sum(p.useful_tokens for p in parts) == batch.useful_tokens
+    weighed = batch.weighed(torch.tensor([0.5]))
+    assert sum(weighed.shared(place, size).label_weight for place in range(size)) == 0.5 * len(labels)
+    assert weighed.shared(0, size).unshared().label_weight == 0.5 * len(labels)
     for part in parts:
         first, last = part.tokens[part.place], part.tokens[part.place + 1]
         assert all(first <= label < last for label in taken(part.labels, labels, part))

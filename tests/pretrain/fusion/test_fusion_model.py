@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,20 @@ def test_smoothing_and_z_loss_of_the_objective_reach_the_loss_in_training_only()
     expected = expected + 0.01 * logits.logsumexp(1).square().sum()
     torch.testing.assert_close(model(batch).next_token_loss_sum, expected, rtol=1e-5, atol=0)
     assert torch.equal(model.eval()(batch).next_token_loss_sum, plain(batch).next_token_loss_sum)
+
+
+def test_labels_count_by_the_weight_of_their_source_in_training_only(model):
+    batch = tiny_batch(FULL)
+    sources = torch.arange(batch.num_segments) % 2
+    batch = replace(batch, sample_ids=torch.stack([sources, *batch.sample_ids.T[1:]], dim=1))
+    plain, weighed = model(batch), model(batch.weighed(torch.tensor([1.0, 3.0])))
+    of_second = sources[batch.segment_ids[batch.label_index].long()] == 1
+    expected = plain.next_token_losses.sum() + 2 * plain.next_token_losses[of_second].sum()
+    torch.testing.assert_close(weighed.next_token_loss_sum, expected, rtol=1e-6, atol=0)
+    assert torch.equal(weighed.next_token_losses, plain.next_token_losses)
+    assert batch.weighed(torch.tensor([1.0, 3.0])).label_weight == batch.num_labels + 2 * int(of_second.sum())
+    model.eval()
+    assert torch.equal(model(batch.weighed(torch.tensor([1.0, 3.0]))).next_token_loss_sum, plain.next_token_loss_sum)
 
 
 def test_packed_equals_one_by_one(model):

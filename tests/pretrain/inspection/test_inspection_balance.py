@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import yaml
 from inspection_corpus import pairs, write_tar
 
 from trichord.cli import main
@@ -79,6 +80,12 @@ def test_the_overlay_gives_a_run_its_weights(configured, monkeypatch, tmp_path, 
     assert main([*command, "--balance", str(out)]) == 0
     config = load_run_config("c.yaml", [str(out)])
     assert config.shards.sources[1].weight == pytest.approx(0.5)  # sqrt(10 / 40)
+    assert main([*command, "--balance", str(out), "--scheme", "inverse", "--balance-as", "loss"]) == 0
+    written = yaml.safe_load(out.read_text())["shards"]["sources"]
+    # 40 and 10 samples: drawn as often as there are samples, half of the emphasis each.
+    assert written == {"cats": {"weight": 1.0, "loss_weight": 0.625}, "dogs": {"weight": 0.25, "loss_weight": 2.5}}
+    with pytest.raises(ConfigError, match="cats, dogs: loss_weight counts in objectives"):
+        load_run_config("c.yaml", [str(out)])
 
 
 def test_classes_are_the_sources_that_split_makes(configured, monkeypatch, tmp_path, capsys):
