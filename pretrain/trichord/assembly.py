@@ -29,6 +29,14 @@ def take_initial_weights(model: Trichord, config: RunConfig) -> None:
         load_initial_weights(model, config.run.init_from)
 
 
+def require_initial_weights(config: RunConfig) -> None:
+    """That something is at `run.init_from`, before the shards are looked at. Raises ConfigError: nothing is."""
+    if config.run.init_from is not None:
+        from trichord.release.import_ import require_source
+
+        require_source(config.run.init_from)
+
+
 def build_loader(
     config: RunConfig, lengths: ItemLengths, run: Path, facts: RankFacts, state: LoaderState | None
 ) -> Loader:

@@ -1,13 +1,17 @@
 """`trichord config`: show, check and start configs."""
 
 import json
+import sys
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trichord.cli.app import config_app
 from trichord.cli.arguments import ConfigPath, Overrides
+
+if TYPE_CHECKING:
+    from trichord.config.run import RunConfig
 
 
 class ConfigKind(str, Enum):
@@ -29,7 +33,17 @@ def config_check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Is this run config, suite or cluster file valid? Every mistake with file, line and the nearest valid key."""
     from trichord.config.load import check_config
 
-    print(check_config(config, overrides or []))
+    print(check_config(config, overrides or [], _look_over))
+
+
+def _look_over(config: "RunConfig") -> None:
+    """The overlay on DeepSpeed's JSON, which may contradict the rest, and what is probably not meant."""
+    from trichord.engine.deepspeed_config import deepspeed_config
+    from trichord.engine.doubts import doubts
+
+    deepspeed_config(config.engine, micro_rows=config.batches.micro_rows, grad_accum_steps=1)
+    for doubt in doubts(config.engine, config.run.max_steps):
+        print(f"warning: {doubt}", file=sys.stderr)
 
 
 @config_app.command("schema")

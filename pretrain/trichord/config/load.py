@@ -10,7 +10,7 @@ line, not to the config file.
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,8 +86,12 @@ def validate(parsed: ParsedYaml, model: type[Model], overrides: Sequence[str], w
     return result
 
 
-def check_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
+def check_config(
+    path: str | Path, overrides: Sequence[str] = (), look_over: Callable[[RunConfig], None] = lambda config: None
+) -> str:
     """One line that says what a valid file is: a suite (it has `tasks`), a cluster (`gpus_per_node`), or a run config.
+
+    look_over: called with a run config, to say what goes beyond it.
 
     Raises ConfigError like `load_run_config`.
     """
@@ -99,7 +103,9 @@ def check_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
     if isinstance(data, dict) and "gpus_per_node" in data:
         cluster = load_cluster(file, overrides)
         return f"{file}: valid cluster {cluster.name!r} of {cluster.num_gpus} GPUs"
-    return f"{file}: valid config of run {load_run_config(file, overrides).run.name!r}"
+    config = load_run_config(file, overrides)
+    look_over(config)
+    return f"{file}: valid config of run {config.run.name!r}"
 
 
 def new_config(name: str, like: str | Path, folder: Path | None = None) -> Path:

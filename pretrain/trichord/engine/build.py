@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.dist import RankFacts, rank_facts
-from trichord.core.errors import ConfigError
-from trichord.core.log import get_logger
+from trichord.core.log import FILE_ONLY, get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
+from trichord.engine.job import check_job, refused_overlay
 from trichord.engine.matrices import matrix_rounds
 from trichord.engine.muon import Muon
 from trichord.engine.optimizers import build_optimizer
@@ -126,20 +127,21 @@ def build_engine(
         deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`, its `.weight_average` a `WeightAverage` or None.
     """
     deepspeed = _import_deepspeed()
+    check_job(engine, micro_rows)
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
-    _check_ranks(engine, dist.get_world_size())
     _tell_batch_statistics(model, grad_accum_steps)
+    _tell_untested(engine)
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = deepspeed_config(
         engine, micro_rows=micro_rows, grad_accum_steps=grad_accum_steps, num_parameters=num_parameters
     )
-    _check_deepspeed(config)
     if slices is not None:
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     share_sequences(model, engine)
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
-    built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
+    with _overlay_named(engine):
+        built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)
     if isinstance(optimizer, Muon):
         parts = {id(p): fused_matrices(name, p) for name, p in model.named_parameters()}
@@ -148,40 +150,30 @@ def build_engine(
     return built
 
 
-def _check_ranks(engine: EngineConfig, world_size: int) -> None:
-    """What the config alone cannot know, and what nobody has tried.
+@contextmanager
+def _overlay_named(engine: EngineConfig) -> Iterator[None]:
+    """What DeepSpeed does not take of the user's overlay it says in many ways, none of them a bug of this run.
 
     Raises:
-        ConfigError: `engine.hpz_ranks` does not divide the job.
+        ConfigError: it fails, and there is an overlay. The traceback is in the log of the rank.
     """
-    if world_size % engine.hpz_ranks:
-        raise ConfigError(
-            f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; "
-            "set it to the ranks of a node, or to 1"
-        )
-    untested = {"engine.hpz_ranks": engine.hpz_ranks > 1, "engine.nvme_path": engine.nvme_path is not None}
-    for key in (key for key, is_set in untested.items() if is_set):
-        log.warning("%s is passed on to DeepSpeed as it is; no test of this version covers it on real hardware", key)
-
-
-def _check_deepspeed(config: dict[str, Any]) -> None:
-    """What DeepSpeed would say by a traceback.
-
-    Raises:
-        ConfigError: it knows no such ZeRO key or value, or this device has no fp16.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     try:
-        DeepSpeedZeroConfig(**config["zero_optimization"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"engine.deepspeed.zero_optimization.{key}: DeepSpeed says: {first['msg']}") from error
-    accelerator: Any = get_accelerator()
-    if "fp16" in config and not accelerator.is_fp16_supported():
-        raise ConfigError("engine.precision fp16 does not run on this device; use bf16, autocast_bf16 or fp32")
+        yield
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        if not engine.deepspeed:
+            raise
+        log.error("DeepSpeed refuses the overlay", exc_info=True, extra=FILE_ONLY)
+        raise refused_overlay(engine.deepspeed, error) from error
+
+
+def _tell_untested(engine: EngineConfig) -> None:
+    untested = {
+        "engine.hpz_ranks": ("has run on CPU ranks only", engine.hpz_ranks > 1),
+        "engine.nvme_path": ("has not run at all", engine.nvme_path is not None),
+    }
+    for key, (how_far, is_set) in untested.items():
+        if is_set and dist.get_rank() == 0:
+            log.warning("%s is passed on to DeepSpeed as it is, and %s in a test of this version", key, how_far)
 
 
 def _tell_batch_statistics(model: nn.Module, grad_accum_steps: int) -> None:

@@ -67,6 +67,13 @@ def parse_source(source: str) -> tuple[str, tuple[str, ...]]:
     return place, rooms
 
 
+def require_source(source: str) -> None:
+    """Raises ConfigError: no such room, or nothing that could be looked at is named. The hub is not asked."""
+    place, _ = parse_source(source)
+    if not Path(place).expanduser().exists():
+        _require_hub_name(place)
+
+
 def load_init_weights(place: str) -> StoredWeights:
     """Every parameter of an export or checkpoint by its name in `Trichord`, read one by one.
 
@@ -99,13 +106,19 @@ def _require_trichord(folder: Path) -> None:
         )
 
 
-def _fetch(place: str) -> Path:
-    """A snapshot of a hub repository, from the cache where there is no internet."""
+def _require_hub_name(place: str) -> tuple[str, str]:
+    """(name, revision) on the hub."""
     name, _, revision = place.partition("@")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(
             f"run.init_from: expected an export, checkpoint or run folder, or hub-id@revision; nothing is at {place!r}"
         )
+    return name, revision
+
+
+def _fetch(place: str) -> Path:
+    """A snapshot of a hub repository, from the cache where there is no internet."""
+    name, revision = _require_hub_name(place)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,0 +1,104 @@
+"""What of the engine's config only the job knows: its ranks, its device, this DeepSpeed, the disk of a node.
+
+Asked before the shards are looked at, which may take hours, and again where an engine is built without a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from trichord.core.errors import ConfigError
+from trichord.engine.config import EngineConfig
+from trichord.engine.deepspeed_config import deepspeed_config
+
+PROBE = ".write-test"
+
+
+def check_job(engine: EngineConfig, micro_rows: int) -> None:
+    """On every rank, after the process group is up.
+
+    Raises:
+        ConfigError: `engine.hpz_ranks` does not divide the job, this device has no fp16, the NVMe disk cannot be used,
+            or DeepSpeed does not take `engine.deepspeed`.
+    """
+    world_size = dist.get_world_size()
+    if world_size % engine.hpz_ranks:
+        raise ConfigError(
+            f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; "
+            "set it to the ranks of a node, or to 1"
+        )
+    _check_deepspeed(engine, deepspeed_config(engine, micro_rows=micro_rows, grad_accum_steps=1))
+    if engine.nvme_path is not None:
+        _check_nvme(Path(engine.nvme_path))
+
+
+def refused_overlay(overlay: dict[str, Any], error: BaseException) -> ConfigError:
+    """DeepSpeed's own words, on one line."""
+    said = " ".join(str(error).split())[:300] or "no reason"
+    return ConfigError(
+        f"DeepSpeed does not take engine.deepspeed ({', '.join(overlay)}): {type(error).__name__}: {said}; correct it, "
+        "or take it out"
+    )
+
+
+def _check_deepspeed(engine: EngineConfig, config: dict[str, Any]) -> None:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    accelerator: Any = get_accelerator()
+    if "fp16" in config and not accelerator.is_fp16_supported():
+        raise ConfigError("engine.precision fp16 does not run on this device; use bf16, autocast_bf16 or fp32")
+    zero = config["zero_optimization"]
+    if accelerator.device_name() == "cpu":
+        for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+            if zero.get(key):
+                raise ConfigError(
+                    f"engine.deepspeed.zero_optimization.{key} needs a GPU: DeepSpeed has its arithmetic for those "
+                    "only; take it out"
+                )
+    try:
+        DeepSpeedZeroConfig(**zero)
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        raise _explained(engine.deepspeed, error) from error
+    except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise refused_overlay(engine.deepspeed, error) from error
+
+
+def _explained(overlay: dict[str, Any], error: ValidationError) -> ConfigError:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if error.title != DeepSpeedZeroConfig.__name__:
+        return refused_overlay(overlay, error)
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+    near = difflib.get_close_matches(key, known, n=1) if first["type"] == "extra_forbidden" else []
+    hint = f"; nearest: {near[0]}" if near else ""
+    return ConfigError(f"engine.deepspeed.zero_optimization.{key}: DeepSpeed says: {first['msg']}{hint}")
+
+
+def _check_nvme(folder: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{PROBE}-{dist.get_rank()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"engine.nvme_path {folder}: expected a folder on a local disk that can be written, got {error.strerror}; "
+            "name one, or leave nvme_path out"
+        ) from error
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "engine.nvme_path: DeepSpeed's async_io cannot be built on this machine, which lacks libaio; install "
+            "libaio-dev, or leave nvme_path out"
+        )
