@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -90,8 +91,20 @@ def _ray_cluster(workers: int) -> Iterator[Any]:
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as logs:
         try:
             options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": logs} if own else {}
-            with signals_kept():  # Ray's own print its C++ stack
-                ray.init(log_to_driver=False, **options)
+            _start(ray, **options)
             yield ray
         finally:
             ray.shutdown()
+
+
+def _start(ray: Any, **options: Any) -> None:
+    """`ray.init`, with our answer to signals: Ray's exits in its own way, and its C++ handler prints a stack."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for us alone, not for the cluster
+    try:
+        with signals_kept():
+            ray.init(log_to_driver=False, **options)
+    except SystemExit:
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,8 +12,10 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 from trichord.core.errors import DataError
+from trichord.core.log import quiet_libraries
 from trichord.core.processes import enter_worker
 from trichord.core.stopping import signals_held
+from trichord.encoders.lengths import known_grids, remember_grids
 from trichord.shards.config import StorageConfig
 from trichord.shards.storage import configure_storage
 
@@ -54,14 +56,16 @@ class Processes:
             return
         if self._pool is None:
             # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
-            told = (os.getpid(), self._storage)
+            told = (os.getpid(), self._storage, known_grids())
             self._pool = ProcessPoolExecutor(self._workers, get_context("spawn"), _enter, told)
         yield from _in_order(self._pool, work, todo, self._workers * _JOBS_AHEAD)
 
 
-def _enter(parent_pid: int, storage: StorageConfig) -> None:
+def _enter(parent_pid: int, storage: StorageConfig, grids: dict[tuple[str, int], tuple[int, int]]) -> None:
+    quiet_libraries()  # before torch is imported: each process would repeat what the first has kept quiet
     enter_worker(parent_pid)
     configure_storage(storage)
+    remember_grids(grids)
 
 
 def _in_order(
