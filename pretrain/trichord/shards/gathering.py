@@ -1,5 +1,6 @@
 """A shard's members gathered to samples and measured, as the walk over it meets them: what its sidecars are made of."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig
 from trichord.shards.entries import KINDS
-from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe
+from trichord.shards.members import FoundMember, MemberRef, WalkReport, is_unsafe, walk_members
 from trichord.shards.probes import Kind, Measure, measure
+from trichord.shards.storage import open_shard, with_retries
 
 
 @dataclass
@@ -75,3 +77,21 @@ def kinds_by_ext(fields: FieldsConfig) -> dict[str, list[Kind]]:
                 if kind not in kinds.setdefault(ext.lower(), []):
                     kinds[ext.lower()].append(kind)
     return kinds
+
+
+def walk_shard(url: str) -> tuple[int, str | None]:
+    """(samples, why the walk ended early or None) of a shard: from header to header, nothing is measured or written.
+
+    Raises:
+        DataError: it cannot be read, or is no tar.
+    """
+
+    def walk() -> tuple[int, str | None]:
+        report, samples, key = WalkReport(), 0, None
+        with open_shard(url) as file:
+            for found in walk_members(file, file.seek(0, os.SEEK_END), url, report):
+                samples += found.key != key
+                key = found.key
+        return samples, report.damage
+
+    return with_retries(walk, f"walking over shard {url}")

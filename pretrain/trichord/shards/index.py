@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from trichord.core.errors import DataError
 from trichord.core.log import get_logger
@@ -18,8 +18,9 @@ from trichord.core.stopping import signals_held
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig, StorageConfig
 from trichord.shards.entries import FieldMap, Measures, SampleEntry, Sibling, make_entry
+from trichord.shards.foreign_idx import note_on_idx
 from trichord.shards.gathering import GatheredSample, gather_samples, kinds_by_ext
-from trichord.shards.locations import is_remote
+from trichord.shards.locations import is_remote, shown
 from trichord.shards.members import MemberRef, WalkReport, split_name, walk_members
 from trichord.shards.patience import settings
 from trichord.shards.sidecars import LenHeader
@@ -37,11 +38,11 @@ __all__ = [
     "load_header",
     "load_index",
     "look_at",
-    "walk_shard",
 ]
 
 _log = get_logger(__name__)
 _LOOKS_AT_ONCE = 16
+Result = TypeVar("Result")
 _DEFAULT_FIELDS = FieldsConfig()
 
 
@@ -78,8 +79,8 @@ class ShardIndex:
     def __init__(self, url: str, header: LenHeader, idx: bytes, lengths: bytes):
         self.url = url
         self.header = header
-        self._idx, self._idx_starts = idx, _line_starts(idx, header.samples)
-        self._lengths, self._length_starts = lengths, _line_starts(lengths, header.samples)
+        self._idx, self._idx_starts = idx, sidecars.line_starts(idx, header.samples)
+        self._lengths, self._length_starts = lengths, sidecars.line_starts(lengths, header.samples)
         self._columns = {pair: number for number, pair in enumerate(header.columns)}
         self._fields: tuple[FieldsConfig, FieldMap] | None = None
 
@@ -103,7 +104,7 @@ class ShardIndex:
         than `max_members`, or a member of a field that could not be measured.
         """
         try:
-            members = sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
+            members = self.members(sample)
             values: list[Any] = json.loads(_line(self._lengths, self._length_starts, sample).decode())
             extra = values.pop() if len(values) > len(self._columns) else {}
             if not isinstance(extra.get("problem"), str | None):
@@ -117,6 +118,11 @@ class ShardIndex:
                 f"the sidecar of {self.url} is damaged at sample {sample} ({type(error).__name__}: {error}); "
                 "remove its .idx and .len files, they are made again"
             ) from error
+
+    def members(self, sample: int) -> list[MemberRef]:
+        """All members of a sample in the order of the tar, those that no field reads among them; names as `.idx` has
+        them, white space written as `%20`. Raises ValueError where the line is damaged."""
+        return sidecars.parse_idx_line(_line(self._idx, self._idx_starts, sample))
 
     def _field_map(self, fields: FieldsConfig | None) -> FieldMap:
         """A source asks with one FieldsConfig for all its samples: the last map is kept."""
@@ -161,6 +167,9 @@ def build_index(url: str, fields: FieldsConfig | None = None) -> ShardIndex:
         damage=report.damage,
     )
     lengths = header.to_line().encode() + body
+    note = note_on_idx(url, idx_bytes, samples)
+    if note is not None:
+        _log.warning("%s.idx: %s", shown(sidecars.sidecar_places(url)[0]), note)
     sidecars.write_sidecars(url, idx_bytes, lengths)
     return ShardIndex(url, header, idx_bytes, lengths)
 
@@ -198,64 +207,61 @@ def look_at(url: str, fields: FieldsConfig | None = None) -> Look:
     return Look(url, size, None, int(stale[0].shard["size"]) if stale else None)
 
 
-def walk_shard(url: str) -> tuple[int, str | None]:
-    """(samples, why the walk ended early or None) of a shard: from header to header, nothing is measured or written.
-
-    Raises:
-        DataError: it cannot be read, or is no tar.
-    """
-
-    def walk() -> tuple[int, str | None]:
-        report, samples, key = WalkReport(), 0, None
-        with open_shard(url) as file:
-            for found in walk_members(file, file.seek(0, os.SEEK_END), url, report):
-                samples += found.key != key
-                key = found.key
-        return samples, report.damage
-
-    return with_retries(walk, f"walking over shard {url}")
-
-
 def index_shards(
     urls: Sequence[str],
     workers: int = 1,
     on_progress: Callable[[int, int, str], None] | None = None,
     fields: FieldsConfig | None = None,
+    on_failure: Callable[[str, DataError], None] | None = None,
 ) -> list[ShardHeader]:
     """Make the sidecars of all shards current, `workers` processes at a time; fresh ones cost one look.
 
     Args:
         on_progress: called as (done, total, url) after each shard, in the order they get done.
+        on_failure: called for each shard that cannot be indexed, and the others go on; None: it ends the indexing.
 
     Returns:
-        One header per URL, in the order of `urls`.
+        One header per URL that is indexed now, in the order of `urls`.
     """
-    headers: dict[str, ShardHeader] = {}
+    lenient, unique = on_failure is not None, list(dict.fromkeys(urls))
+    found: dict[str, ShardHeader | None] = {}
 
-    def note(header: ShardHeader) -> None:
-        headers[header.url] = header
+    def note(url: str, result: ShardHeader | DataError) -> None:
+        found[url] = None if isinstance(result, DataError) else result
+        if isinstance(result, DataError) and on_failure is not None:
+            on_failure(url, result)
         if on_progress is not None:
-            on_progress(len(headers), len(set(urls)), header.url)
+            on_progress(len(found), len(unique), url)
 
     todo = []
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as threads:  # looking at a remote shard is waiting
-        for url, fresh in threads.map(lambda url: (url, _fresh(url, fields)), dict.fromkeys(urls)):
-            if fresh is None:
+        for url, look in zip(unique, threads.map(lambda url: _attempt(lenient, _fresh, url, fields), unique)):
+            if look is None:
                 todo.append(url)
             else:
-                note(ShardHeader.of(url, fresh[1]))
+                note(url, look if isinstance(look, DataError) else ShardHeader.of(url, look[1]))
     if workers <= 1 or len(todo) <= 1:
         for url in todo:
-            note(load_header(url, fields))
+            note(url, _attempt(lenient, load_header, url, fields))
     else:
         # spawn: the caller may hold threads (torch, an event loop of fsspec) that do not survive a fork
         told = (os.getpid(), settings())
         with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _enter_indexer, told) as pool:
             with signals_held():
-                futures = [pool.submit(load_header, url, fields) for url in todo]
-            for future in as_completed(futures):
-                note(future.result())
-    return [headers[url] for url in urls]
+                started = {pool.submit(_attempt, lenient, load_header, url, fields): url for url in todo}
+            for future in as_completed(started):
+                note(started[future], future.result())
+    return [header for url in urls if (header := found[url]) is not None]
+
+
+def _attempt(lenient: bool, action: Callable[..., Result], *arguments: Any) -> Result | DataError:
+    """What `action` returns, or if `lenient` the DataError that it raises."""
+    try:
+        return action(*arguments)
+    except DataError as error:
+        if not lenient:
+            raise
+        return error
 
 
 def _enter_indexer(parent_pid: int, storage: StorageConfig) -> None:
@@ -275,19 +281,6 @@ def _fresh(
         if header is not None and header.shard == identity and wanted <= set(header.covered):
             return place, header
     return None
-
-
-def _line_starts(data: bytes, samples: int) -> array:
-    """Byte offset of each sample's line (the first line of a file is its header), and the end of the last."""
-    starts = array("Q")
-    position = data.find(b"\n") + 1
-    while position and position < len(data) and len(starts) < samples:
-        starts.append(position)
-        position = data.find(b"\n", position) + 1
-    if len(starts) != samples or not position:
-        raise ValueError(f"a sidecar should hold {samples} samples, and holds {len(starts)} lines")
-    starts.append(position)
-    return starts
 
 
 def _line(data: bytes, starts: array, sample: int) -> bytes:

@@ -49,8 +49,29 @@ def ask_facts(url: str, timeout_s: float) -> Facts:
         # not HEAD: presigned addresses are signed for GET, and fsspec takes any failure of HEAD for a missing file
         return _run(fs, _http_range(fs, path, 0, 1, facts_only=True), url, timeout_s).facts
     if scheme(url) in ("s3", "s3a"):
-        return _run(fs, _s3_facts(fs, path), url, timeout_s)
+        try:
+            return _run(fs, _s3_facts(fs, path), url, timeout_s)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(missing_bucket(url, timeout_s) or str(error)) from error
     return _facts_of(call(url, "info", path, timeout_s=timeout_s), url)
+
+
+def missing_bucket(url: str, timeout_s: float) -> str | None:
+    """For a URL where nothing was found: that its S3 bucket is missing, in words. None: it is there, or cannot be told.
+
+    An empty prefix and a bucket that is not there get the same answer from S3's listings.
+    """
+    if scheme(url) not in ("s3", "s3a"):
+        return None
+    fs, path = filesystem(url)
+    bucket, _, _ = fs.split_path(path)
+    try:
+        _run(fs, fs._call_s3("head_bucket", Bucket=bucket), url, timeout_s)
+    except FileNotFoundError:
+        return f"there is no bucket {bucket!r}"
+    except (OSError, DataError):
+        return None
+    return None
 
 
 def fetch(url: str, start: int, end: int, expected: Facts | None, timeout_s: float) -> tuple[bytes, Facts]:

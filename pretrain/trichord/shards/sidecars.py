@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
+from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ LEN_VERSION = 2
 IDX_VERSION = "v1.2"
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_POSITION = 1 << 62  # the kernel takes no position beyond 2^63
-_MAX_SIDECAR_BYTES = 1 << 32
+MAX_SIDECAR_BYTES = 1 << 32
 _READ_ONLY = ("http", "https", "hf")
 
 
@@ -98,7 +99,7 @@ def idx_line(members: list[tuple[str, MemberRef]]) -> str:
 
     DALI's reader splits at any white space, so a name that holds some would break the file for it.
     """
-    return " ".join(f"{_escape(ext)} {ref.offset} {ref.size} {_escape(ref.name)}" for ext, ref in members) + "\n"
+    return " ".join(f"{escaped(ext)} {ref.offset} {ref.size} {escaped(ref.name)}" for ext, ref in members) + "\n"
 
 
 def parse_idx_line(line: bytes | str) -> list[MemberRef]:
@@ -117,7 +118,7 @@ def parse_idx_line(line: bytes | str) -> list[MemberRef]:
 def exact_names(members: list[MemberRef]) -> list[str] | None:
     """The members' names, if `.idx` cannot hold them as they are."""
     names = [ref.name for ref in members]
-    return names if any(_escape(name) != name for name in names) else None
+    return names if any(escaped(name) != name for name in names) else None
 
 
 def len_line(values: list[Any], extra: dict[str, Any]) -> str:
@@ -171,12 +172,15 @@ def read_header(place: str) -> LenHeader | None:
 def read_sidecars(place: str) -> tuple[bytes, bytes]:
     """(.idx, .len) as they are. Raises OSError or DataError."""
     idx, lengths = (
-        with_retries(
-            lambda path=place + ending: read_whole(path, _MAX_SIDECAR_BYTES), f"reading {shown(place)}{ending}"
-        )
+        with_retries(lambda path=place + ending: read_whole(path, MAX_SIDECAR_BYTES), f"reading {shown(place)}{ending}")
         for ending in (".idx", ".len")
     )
     return idx, lengths
+
+
+def is_writable(place: str) -> bool:
+    """Whether sidecars are ever written there, if its storage lets this user."""
+    return scheme(place) not in _READ_ONLY and "::" not in place
 
 
 def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
@@ -187,7 +191,7 @@ def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
     """
     refusals = []
     for place in sidecar_places(url):
-        if scheme(place) in _READ_ONLY or "::" in place:
+        if not is_writable(place):
             continue
         try:
             if is_remote(place):
@@ -211,6 +215,19 @@ def write_sidecars(url: str, idx: bytes, lengths: bytes) -> str:
     )
 
 
+def line_starts(data: bytes, samples: int) -> array:
+    """Byte offset of each sample's line (the first line of a file is its header), and the end of the last."""
+    starts = array("Q")
+    position = data.find(b"\n") + 1
+    while position and position < len(data) and len(starts) < samples:
+        starts.append(position)
+        position = data.find(b"\n", position) + 1
+    if len(starts) != samples or not position:
+        raise ValueError(f"a sidecar should hold {samples} samples, and holds {len(starts)} lines")
+    starts.append(position)
+    return starts
+
+
 def _holds(path: str, data: bytes) -> bool:
     try:
         return os.path.getsize(path) == len(data) and Path(path).read_bytes() == data
@@ -231,7 +248,7 @@ def _replace_file(path: str, data: bytes) -> None:
         raise
 
 
-def _escape(word: str) -> str:
+def escaped(word: str) -> str:
     return "".join(f"%{ord(char):02X}" if char.isspace() else char for char in word)
 
 

@@ -1,25 +1,18 @@
 """From what a config says (paths, globs, brace ranges, URLs) to a list of shards."""
 
-import glob
-import itertools
 import os
 import re
 from collections.abc import Iterator
 
 from trichord.core.errors import ConfigError, DataError
-from trichord.shards import remote
+from trichord.shards.arguments import ArgumentShards
 from trichord.shards.config import SourceConfig
-from trichord.shards.locations import COMPRESSED, filesystem, is_compressed, is_remote, local_path, plain_name, shown
-from trichord.shards.patience import settings
+from trichord.shards.listing import LIST, OTHER_COMPRESSIONS, looked_in, shards_at
+from trichord.shards.locations import is_compressed, is_remote, local_path, plain_name, shown
 from trichord.shards.storage import read_whole, with_retries
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(-?\d+)\.\.(-?\d+)$")
-_MAGIC = re.compile(r"[*?\[]")
-_UNREADABLE = (".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
-_TARS = (".tar", *COMPRESSED)
-_LIST = ".txt"
-_LIST_PATIENCE = 10  # a glob is many requests
 _MAX_LIST_BYTES = 1 << 28
 _MAX_NAMED = 3
 
@@ -30,66 +23,71 @@ def expand_shards(source: SourceConfig) -> list[str]:
     A `.txt` is a list of shards: a path, pattern or URL per line, empty lines and those that start with # left out.
 
     Braces (`{0000..0099}`, zero-padded as the longer bound; `{train,extra}`) are expanded first, then globs (`*`, `?`,
-    `[...]`, `**`). A local folder stands for the tars in it, not below it. Local shards are checked to exist; remote
-    ones named without a glob are checked when they are read.
+    `[...]`, `**`). A folder, or a prefix in a bucket, stands for the tars in it, not below it. Local shards are checked
+    to exist; remote ones named without a glob are checked when they are read.
 
     Raises:
-        ConfigError: a brace range is malformed, or the URL's file system is unknown or not installed.
+        ConfigError: a brace range is malformed, the URL's file system is unknown or not installed, or it is a folder of
+            an http server.
         DataError: nothing matches a pattern, a named shard does not exist, it is compressed other than by gzip,
             or a list is empty, or cannot be read.
     """
     shards: set[str] = set()
+    who = "" if isinstance(source, ArgumentShards) else f"source {source.name!r}: "
+    where = "the argument" if isinstance(source, ArgumentShards) else "shards.sources[].shards"
     for pattern in source.shards:
-        found = _expand(source.name, pattern)
-        for name in found:
-            if plain_name(name).lower().endswith(_LIST):
-                shards.update(shard for line in _listed(source.name, name) for shard in _expand(source.name, line))
+        for name in _expand(pattern, who, where):
+            if plain_name(name).lower().endswith(LIST):
+                shards.update(shard for line in _listed(who, name) for shard in _expand(line, who, shown(name)))
             else:
                 shards.add(name)
-    lists = sorted(shard for shard in shards if plain_name(shard).lower().endswith(_LIST))
+    lists = sorted(shard for shard in shards if plain_name(shard).lower().endswith(LIST))
     if lists:
-        raise DataError(f"source {source.name!r}: a list of shards names {shown(lists[0])}, a list; name the shards")
-    packed = sorted(shard for shard in shards if plain_name(shard).lower().endswith(_UNREADABLE))
+        raise DataError(f"{who}a list of shards names {shown(lists[0])}, a list; name the shards")
+    packed = sorted(shard for shard in shards if plain_name(shard).lower().endswith(OTHER_COMPRESSIONS))
     packed = [shard for shard in packed if not is_compressed(shard)]
     if packed:
         raise DataError(
-            f"source {source.name!r}: {shown(packed[0])} is compressed, and samples in it cannot be reached "
+            f"{who}{shown(packed[0])} is compressed, and samples in it cannot be reached "
             "without reading all before them; of these only .tar.gz and .tgz are unpacked (into the cache): unpack it "
             "once (gunzip, bunzip2, xz -d, zstd -d) and name the .tar"
         )
     return sorted(shards)
 
 
-def _expand(name: str, pattern: str) -> list[str]:
-    """What one pattern of a source means; at least one shard or list, all local ones there."""
+def _expand(pattern: str, who: str, where: str) -> list[str]:
+    """What one pattern means; at least one shard or list, all local ones there.
+
+    who: begins the messages. where: what is to be corrected if nothing matches.
+    """
     urls = list(dict.fromkeys(expand_braces(pattern)))
-    found = [shard for url in urls for shard in _resolve(url)]
+    found = [shard for url in urls for shard in shards_at(url)]
     if not found:
         raise DataError(
-            f"source {name!r}: no shard matches {pattern!r} (looked in {_looked_in(urls)}); "
-            "check shards.sources[].shards, or build shards with `trichord data build`"
+            f"{who}no shard matches {shown(pattern)!r} (looked in {_looked_in(urls)}); check {where}, or build shards "
+            "with `trichord data build`"
         )
     missing = [shard for shard in found if not is_remote(shard) and not os.path.isfile(shard)]
     if missing:
-        raise DataError(_missing_message(name, pattern, missing, len(found)))
+        raise DataError(who + _missing_message(pattern, missing, len(found)))
     return found
 
 
-def _listed(name: str, url: str) -> list[str]:
+def _listed(who: str, url: str) -> list[str]:
     """The lines of a list of shards; relative ones are relative to the list, so that both can be moved together."""
     try:
         text = with_retries(
             lambda: read_whole(url, _MAX_LIST_BYTES), f"reading the list of shards {shown(url)}"
         ).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"source {name!r}: the list {shown(url)} is not UTF-8 ({error.reason})") from error
+        raise DataError(f"{who}the list {shown(url)} is not UTF-8 ({error.reason})") from error
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
-        raise DataError(f"source {name!r}: the list {shown(url)} names no shard; write one path or URL per line")
+        raise DataError(f"{who}the list {shown(url)} names no shard; write one path or URL per line")
     piped = next((line for line in lines if line.startswith("pipe:")), None)
     if piped is not None:
-        raise DataError(f"source {name!r}: {shown(url)} names {piped!r}; 'pipe:' runs a shell command and is refused")
+        raise DataError(f"{who}{shown(url)} names {piped!r}; 'pipe:' runs a shell command and is refused")
     base = plain_name(url).rpartition("/")[0] if is_remote(url) else os.path.dirname(local_path(url))
     return [_beside(base, line) for line in lines]
 
@@ -131,47 +129,17 @@ def _choices(body: str, pattern: str) -> list[str]:
     return [f"{number:0{width}d}" for number in range(first, last + step, step)]
 
 
-def _resolve(url: str) -> list[str]:
-    """Shards behind one brace-free URL: itself, or what its glob matches."""
-    if is_remote(url):
-        return _remote_glob(url) if _MAGIC.search(url) else [url]
-    path = local_path(url)
-    if os.path.isdir(path):
-        return _tars_in(path)
-    if os.path.exists(path) or not _MAGIC.search(path):
-        return [path]
-    return [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
-
-
-def _tars_in(folder: str) -> list[str]:
-    found = [os.path.join(folder, name) for name in os.listdir(folder) if name.lower().endswith(_TARS)]
-    if not found:
-        raise DataError(f"{folder}: expected a folder that holds .tar files, and it holds none")
-    return found
-
-
-def _remote_glob(url: str) -> list[str]:
-    fs, path = filesystem(url)
-
-    def ask() -> list[str]:
-        fs.invalidate_cache()  # a source that grows is listed again
-        return remote.call(url, "glob", path, timeout_s=settings().timeout_s * _LIST_PATIENCE)
-
-    return [fs.unstrip_protocol(match) for match in with_retries(ask, f"listing {shown(url)}")]
-
-
 def _looked_in(urls: list[str]) -> str:
-    folders = list(dict.fromkeys(os.path.dirname(url) or "." for url in urls))
-    named = ", ".join(
-        folder if is_remote(folder) or os.path.isdir(folder) else f"{folder} (no such folder)"
-        for folder in itertools.islice(folders, _MAX_NAMED)
-    )
-    return named + (f" and {len(folders) - _MAX_NAMED} more" if len(folders) > _MAX_NAMED else "")
+    by_folder = list({os.path.dirname(url): url for url in urls}.values())
+    named = ", ".join(looked_in(url) for url in by_folder[:_MAX_NAMED])
+    return named + (f" and {len(by_folder) - _MAX_NAMED} more" if len(by_folder) > _MAX_NAMED else "")
 
 
-def _missing_message(name: str, pattern: str, missing: list[str], expected: int) -> str:
+def _missing_message(pattern: str, missing: list[str], expected: int) -> str:
+    if expected == 1:
+        return f"{missing[0]}: no such file; expected a shard, a folder of .tar files, or a list (.txt)"
     named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
     return (
-        f"source {name!r}: {len(missing)} of {expected} shards named by {pattern!r} do not exist: {named}; "
-        "correct the range, or copy the missing shards"
+        f"{len(missing)} of {expected} shards named by {pattern!r} do not exist: {named}; correct the range, or copy "
+        "the missing shards"
     )

@@ -80,6 +80,21 @@ def test_data_verbs_go_from_files_to_shards_to_a_tokenizer(world, capsys):
     assert main(["data", "index", "mine/*.tar", "--workers", "1"]) == 0
     assert "2 shards, 3 samples, 0 damaged" in capsys.readouterr().out
     assert (world / "mine" / "shard-000000.len").is_file()
+    source = "shards.sources.things={name: things, shards: mine, fields: {text: [txt, label]}}"
+    assert main(["data", "index", "c.yaml", source, "shards.storage.cache_dir=kept", "--workers", "1"]) == 0
+    assert "2 shards, 3 samples, 0 damaged" in capsys.readouterr().out
+    assert '["text","label"]' in (world / "mine" / "shard-000000.len").read_text().splitlines()[0]
+    for name in ("a", "b"):
+        (world / "mine" / f"{name}.tar").write_bytes(name.encode() * 999)
+    (world / "mine" / "shard-000001.len").unlink()
+    assert main(["data", "index", "mine", "--workers", "1"]) == 3
+    printed = capsys.readouterr()
+    assert "2 shards, 3 samples" in printed.out
+    assert (world / "mine" / "shard-000001.len").is_file()
+    assert "2 of 4 shards are not indexed; the others are\n  shard mine/a.tar is no tar file" in printed.err
+    assert "\n  shard mine/b.tar is no tar file" in printed.err
+    for name in ("a", "b"):
+        (world / "mine" / f"{name}.tar").unlink()
     assert main(["data", "tokenizer", "mine", "--out", "words", "--kind", "word", "--vocab-size", "32"]) == 0
     assert set(json.loads((world / "words" / "tokenizer.json").read_text())["model"]["vocab"]) > {"word0", "again"}
 

@@ -276,6 +276,22 @@ def test_many_shards(text_shards, workers):
     assert sorted(call[2] for call in calls) == paths
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_that_cannot_be_indexed_are_told_of_and_do_not_keep_the_others(text_shards, workers):
+    paths = text_shards([3, 1, 2])
+    Path(paths[1]).write_bytes(b"<html>" * 200)
+    lost = paths[0].replace("000", "009")
+    named, failures, calls = [lost, *paths], {}, []
+    headers = index_shards(named, workers, lambda *call: calls.append(call), None, failures.__setitem__)
+    assert [(header.url, header.num_samples) for header in headers] == [(paths[0], 3), (paths[2], 2)]
+    assert sorted(failures) == sorted([lost, paths[1]])
+    assert "is no tar file" in str(failures[paths[1]])
+    assert "check that the shard is there" in str(failures[lost])
+    assert calls[-1][:2] == (4, 4)
+    with pytest.raises(DataError, match=r"t-009\.tar"):
+        index_shards(named, workers)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.tar.*check that the shard is there"):
         load_index(str(tmp_path / "gone.tar"))

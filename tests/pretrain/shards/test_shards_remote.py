@@ -14,6 +14,7 @@ from fault_server import FINAL_FAULTS, PASSING_FAULTS, FaultServer
 
 from trichord.core.errors import DataError
 from trichord.shards import blocks, patience, storage
+from trichord.shards.arguments import argument_shards
 from trichord.shards.config import SourceConfig, StorageConfig
 from trichord.shards.index import build_index, index_shards, load_index
 from trichord.shards.sources import expand_shards
@@ -219,7 +220,13 @@ def test_globs_list_buckets(s3, shard):
         "s3://shards/glob/b-1.tar",
     ]
     s3.client.upload_file(str(shard), "shards", "glob/b-2.tar")
-    assert len(expand_shards(SourceConfig(name="s", shards=("s3://shards/glob/*.tar",)))) == 3, "a grown prefix"
+    grown = expand_shards(SourceConfig(name="s", shards=("s3://shards/glob/*.tar",)))
+    assert len(grown) == 3, "a grown prefix"
+    s3.client.upload_file(str(shard), "shards", "glob/below/c.tar")
+    s3.client.upload_file(str(shard), "shards", "no-ending")
+    for prefix in ("s3://shards/glob", "s3://shards/glob/"):
+        assert expand_shards(SourceConfig(name="s", shards=(prefix,))) == grown, "a prefix stands for its tars"
+    assert expand_shards(SourceConfig(name="s", shards=("s3://shards/no-ending",))) == ["s3://shards/no-ending"]
 
 
 def test_missing_credentials_say_where_they_are_looked_for(s3, monkeypatch):
@@ -229,11 +236,21 @@ def test_missing_credentials_say_where_they_are_looked_for(s3, monkeypatch):
         shard_identity("s3://shards/x.tar")
 
 
-@pytest.mark.parametrize("url", ["s3://shards/none.tar", "s3://nobucket/none.tar"])
-def test_missing_objects_are_named(s3, url):
-    with pytest.raises(DataError, match=rf"looking at shard {url}: there is no {url}"):
-        load_index(url)
-    assert len(s3.log) <= 3
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://shards/none.tar", r"looking at shard s3://shards/none\.tar: there is no s3://shards/none\.tar"),
+        ("s3://nobucket/none.tar", r"looking at shard s3://nobucket/none\.tar: there is no bucket 'nobucket'"),
+        ("s3://shards/none/*.tar", r"no shard matches .* \(looked in s3://shards/none\)"),
+        ("s3://nobucket/*.tar", r"no shard matches .* \(looked in s3://nobucket \(there is no bucket 'nobucket'\)\)"),
+        ("s3://shards/none", r"there is no s3://shards/none; expected a shard, or a folder"),
+        ("s3://nobucket/none", r"there is no bucket 'nobucket'; expected a shard, or a folder"),
+    ],
+)
+def test_missing_objects_and_buckets_are_named(s3, url, message):
+    with pytest.raises(DataError, match=message):
+        [load_index(shard) for shard in expand_shards(argument_shards([url]))]
+    assert len(s3.log) <= 6, "nothing is tried again"
 
 
 def test_read_ahead_fetches_the_next_blocks_and_no_more(web, shard):

@@ -4,6 +4,7 @@ import fsspec
 import pytest
 
 from trichord.core.errors import ConfigError, DataError
+from trichord.shards.arguments import argument_shards
 from trichord.shards.config import SourceConfig
 from trichord.shards.sources import expand_braces, expand_shards
 from trichord.shards.storage import shard_identity
@@ -119,7 +120,7 @@ def test_a_remote_list():
         (b"\xff\xfe", r"is not UTF-8"),
         (b"pipe:cat x.tar", r"'pipe:' runs a shell command and is refused"),
         (b"other.txt", r"a list of shards names .*other\.txt, a list"),
-        (b"gone.tar", r"1 of 1 shards .*gone\.tar"),
+        (b"gone.tar", r"gone\.tar: no such file; expected a shard"),
     ],
 )
 def test_lists_that_cannot_be_used(folder, content, message):
@@ -146,6 +147,42 @@ def test_remote_glob():
         fs.pipe_file(f"/sources/{name}", b"")
     found = expand_shards(_source("memory://sources/x/*.tar"))
     assert found == ["memory:///sources/x/1.tar", "memory:///sources/x/2.tar"]
+
+
+def test_a_remote_folder_stands_for_the_tars_in_it():
+    fs = fsspec.filesystem("memory")
+    for name in ("y/2.tar", "y/1.tgz", "y/1.idx", "y/below/3.tar", "z/notes.md"):
+        fs.pipe_file(f"/folders/{name}", b"")
+    for url in ("memory://folders/y", "memory://folders/y/"):
+        assert expand_shards(_source(url)) == ["memory:///folders/y/1.tgz", "memory:///folders/y/2.tar"]
+    with pytest.raises(
+        DataError, match=r"memory://folders/z: expected a folder that holds \.tar files, and it holds n"
+    ):
+        expand_shards(_source("memory://folders/z"))
+    with pytest.raises(DataError, match=r"there is no memory://folders/none; expected a shard, or a folder"):
+        expand_shards(_source("memory://folders/none"))
+
+
+def test_http_servers_are_not_listed_and_a_query_is_no_pattern():
+    with pytest.raises(
+        ConfigError, match=r"https://example\.org/d/: expected a shard, got a folder; .*\{0000\.\.0099\}"
+    ):
+        expand_shards(_source("https://example.org/d/"))
+    named = ["https://example.org/a.tar?sign=*[x]", "https://example.org/get?id=3"]
+    assert expand_shards(_source(*named)) == named
+
+
+def test_messages_speak_of_the_arguments_where_there_is_no_config(folder):
+    for word, message in (
+        ("gone.tar", r"^gone\.tar: no such file; expected a shard"),
+        (f"{folder}/c-*.tar", r"^no shard matches .*check the argument, or build"),
+        (f"{folder}/b-{{0..4}}.tar", r"^3 of 5 shards named by"),
+        (f"{folder}/notes.txt", r"^the list .* names no shard"),
+    ):
+        with pytest.raises(DataError, match=message):
+            expand_shards(argument_shards([word]))
+    with pytest.raises(ConfigError, match=r"'pipe:cat x': expected a path or a URL, .*never run"):
+        argument_shards(["a.tar", "pipe:cat x"])
 
 
 def _look_at(url: str) -> None:
