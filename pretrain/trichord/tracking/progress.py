@@ -13,6 +13,8 @@ from rich.console import Console
 from trichord.core.log import get_logger
 
 _logger = get_logger(__name__)
+_TIME_LEFT, _GAPS = 7, 4  # characters of rich's time left, 1:23:45, and of the spaces between five columns
+_LEAST_LABEL, _LEAST_BAR, _WIDEST_BAR = 8, 4, 40
 
 
 class Progress:
@@ -39,8 +41,10 @@ class Progress:
         self._lines = visible and not console.is_terminal
         self._bar: rich_progress.Progress | None = None
         if visible and console.is_terminal:
+            self._console, self._label = console, label
             self._bar = _train_bar(console)
             self._task = self._bar.add_task(label, total=total_steps, completed=first_step, facts="")
+            self._fit({})
             self._bar.start()
 
     def advance(self, step: int) -> None:
@@ -50,17 +54,30 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the figures of a log step: loss, tokens per second, MFU, time left."""
-        facts = describe(metrics)
         if self._bar:
-            self._bar.update(self._task, completed=step, facts=facts)
+            self._fit(metrics)
+            self._bar.update(self._task, completed=step)
         elif self._lines:
-            _logger.info("step %d/%d  %s  eta %s", step, self._total, facts, self._eta(step))
+            _logger.info("step %d/%d  %s  eta %s", step, self._total, describe(metrics), self._eta(step))
 
     def close(self) -> None:
         """Leave the terminal as it was. Calling it twice is harmless."""
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+    def _fit(self, metrics: Mapping[str, float]) -> None:
+        """Lay the bar out for the terminal as wide as it is now: the count of steps and the time left are always whole;
+        the label is cut, the figures give way from the last on, and the bar itself takes what is left."""
+        if self._bar is None:
+            return
+        room = self._console.width - 2 * len(str(self._total)) - 1 - _TIME_LEFT - _GAPS - _LEAST_BAR
+        facts = describe(metrics, room - min(len(self._label), _LEAST_LABEL))
+        label = _cut(self._label, max(0, min(room - len(facts), self._console.width // 3)))
+        free = room - len(facts) - len(label) + _LEAST_BAR
+        bar = next(column for column in self._bar.columns if isinstance(column, rich_progress.BarColumn))
+        bar.bar_width = max(1, min(_WIDEST_BAR, free))
+        self._bar.update(self._task, description=label, facts=facts)
 
     def _eta(self, step: int) -> str:
         done = step - self._first
@@ -69,9 +86,9 @@ class Progress:
         return duration((time.monotonic() - self._started) / done * max(0, self._total - step))
 
 
-def describe(metrics: Mapping[str, float]) -> str:
+def describe(metrics: Mapping[str, float], room: int | None = None) -> str:
     """`loss 1.234  12.3k tokens/s  MFU 41.2 %` of a log step, FLOP/s where no MFU is known; what is not there is left
-    out."""
+    out, and from the last on what does not fit into `room` characters."""
     parts = []
     if "train/loss" in metrics:
         parts.append(f"loss {metrics['train/loss']:.4g}")
@@ -81,7 +98,13 @@ def describe(metrics: Mapping[str, float]) -> str:
         parts.append(f"MFU {100 * metrics['speed/mfu_frac']:.1f} %")
     elif "speed/flops_per_s" in metrics:
         parts.append(f"{quantity(metrics['speed/flops_per_s'])}FLOP/s")
+    while room is not None and parts and len("  ".join(parts)) > room:
+        parts.pop()
     return "  ".join(parts)
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: max(0, room - 1)] + "…" * (room > 0)
 
 
 def quantity(value: float) -> str:

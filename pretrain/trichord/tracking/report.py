@@ -2,209 +2,140 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
 from trichord.tracking.differences import config_differences
-from trichord.tracking.pages import file_uri, page_templates
-from trichord.tracking.previews import read_previews
-from trichord.tracking.progress import duration, quantity
+from trichord.tracking.pages import page_templates
 from trichord.tracking.record import RunRecord, read_record
-from trichord.tracking.report_charts import report_charts
+from trichord.tracking.report_charts import ReportCharts
+from trichord.tracking.report_figures import figure, headline, moment, percent
+from trichord.tracking.report_names import distinct_folders, short_names, tell_apart
+from trichord.tracking.report_view import run_view
 
-_MAX_EVENTS = 200
-_PREVIEW_STEPS = 3
-# Events that a reader looks for, by how they are marked.
-_EVENT_LOOKS = {
-    **dict.fromkeys(("fault", "checkpoint_failed"), "failed"),
-    **dict.fromkeys(("skipped_step", "rewind", "slow"), "stopped"),
-    **dict.fromkeys(("checkpoint", "mirror"), "finished"),
-    **dict.fromkeys(("start", "end"), "running"),
-}
+OnProgress = Callable[[int, int], None]
+_MAX_TITLE = 60  # characters: names that are longer together are a list
+_MAX_TILE_COLUMNS = 9
+
+
+@dataclass(frozen=True)
+class RunsToShow:
+    """Runs whose names tell them apart, and what to say of how they were chosen."""
+
+    runs: list[RunRecord]
+    notes: list[str]
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody follows."""
 
 
 def render_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page about the runs in `folders` (the curves of several runs share their charts) and return its path.
+    """Write the page about the runs in `folders` (their curves share charts) and return its path.
 
-    The page needs no network: styles and charts are in it. What users wrote (names, events, config) is escaped.
+    Raises:
+        ConfigError: as `read_runs` and `write_report`.
+    """
+    return write_report(read_runs(folders), out)
+
+
+def read_runs(folders: Sequence[Path], on_progress: OnProgress = _silent) -> RunsToShow:
+    """The records of runs, each folder once, with names that tell them apart. on_progress: (done, total) runs.
 
     Raises:
         ConfigError: no folder was given, or one is no run folder.
     """
     if not folders:
         raise ConfigError("a report needs at least one run folder, got none")
-    runs = [read_record(Path(folder)) for folder in folders]
-    context = {
-        "title": ", ".join(run.name for run in runs),
-        "runs": [_run_view(run) for run in runs],
-        "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
-        "compared": _comparison(runs) if len(runs) > 1 else None,
-        "differences": config_differences([run.config for run in runs]) if len(runs) > 1 else [],
-        "charts": report_charts(runs),
-        "written": _moment(time.time()),
+    distinct, notes = distinct_folders(folders)
+    on_progress(0, len(distinct))
+    runs = []
+    for folder in distinct:
+        runs.append(read_record(folder))
+        on_progress(len(runs), len(distinct))
+    return RunsToShow(tell_apart(runs), notes)
+
+
+def write_report(shown: RunsToShow, out: Path, on_progress: OnProgress = _silent) -> Path:
+    """The page about runs that were read. on_progress: (done, total) charts.
+
+    The page needs no network: styles and charts are in it. What users wrote (names, events, config) is escaped.
+
+    Raises:
+        ConfigError: the page cannot be written.
+    """
+    page = _template().render(_context(shown, on_progress))
+    try:
+        return write_atomically(Path(out), page)
+    except OSError as error:
+        raise ConfigError(_unwritable(out, error.strerror or str(error))) from error
+
+
+def check_page(out: Path) -> None:
+    """Whether a page could be written there, before runs are read.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    out = Path(out).absolute()
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; name a file in it, such as {out / 'report.html'}")
+    existing = next(place for place in out.parents if place.exists())
+    if not existing.is_dir():
+        raise ConfigError(_unwritable(out, f"{existing} is no folder"))
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(_unwritable(out, f"no permission for {existing}"))
+
+
+def _unwritable(out: Path, why: str) -> str:
+    return f"--out {out}: cannot be written: {why}; name another file with --out"
+
+
+def _context(shown: RunsToShow, on_progress: OnProgress) -> dict[str, Any]:
+    """All names of the template."""
+    runs, now = shown.runs, time.time()
+    several = len(runs) > 1
+    shorts, whole = short_names([run.name for run in runs])
+    drawing = ReportCharts([replace(run, name=short) for run, short in zip(runs, shorts)])
+    names = ", ".join(run.name for run in runs)
+    tiles = headline(runs[0]) if not several else []
+    return {
+        "title": names if not several or len(names) <= _MAX_TITLE else f"{len(runs)} runs",
+        "notes": shown.notes,
+        "runs": [run_view(run, now) for run in runs],
+        "tiles": tiles,
+        "tile_columns": _columns(len(tiles)),
+        "legend": [(short, *style) for short, style in zip(shorts, drawing.styles)] if several else [],
+        "whole_name": whole,
+        "compared": _comparison(runs) if several else None,
+        "differences": config_differences([run.config for run in runs]) if several else [],
+        "charts": drawing.draw(on_progress),
+        "written": moment(now),
     }
-    return write_atomically(Path(out), _template().render(context))
 
 
 def _template():
     environment = page_templates(Path(__file__).parent)
     environment.filters["figure"] = figure
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     return environment.get_template("report.html.j2")
 
 
-def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    """The headline figures of a run: (label, text)."""
-    found = [
-        ("loss, last", run.last("train/loss"), figure),
-        ("tokens/s", run.typical("speed/tokens_per_s"), quantity),
-        ("MFU", run.typical("speed/mfu_frac"), _percent),
-        ("samples/s", run.typical("speed/samples_per_s"), quantity),
-        ("step", run.typical("speed/step_ms"), lambda value: f"{figure(value)} ms"),
-        ("waiting for data", _share(run.typical("data/wait_ms"), run.typical("speed/step_ms")), _percent),
-        ("useful tokens", run.typical("data/useful_tokens_frac"), _percent),
-        ("peak memory", run.largest("memory/"), lambda value: f"{figure(value)} GiB"),
-        ("tokens seen", run.last("train/tokens_seen"), quantity),
-        ("samples seen", run.last("train/samples_seen"), quantity),
-        ("sent per step", run.typical("comm/wire_mib") or None, lambda value: f"{figure(value)} MiB"),
-        ("bad samples", run.last("data/bad_samples"), quantity),
-    ]
-    tiles = [(label, text(value)) for label, value, text in found if value is not None]
-    return [*tiles, ("non-finite losses", str(run.non_finite))] if run.non_finite else tiles
+def _columns(tiles: int) -> int:
+    """Of tiles on a wide screen: full rows, or nearly."""
+    if tiles <= _MAX_TILE_COLUMNS:
+        return max(tiles, 6)
+    return min(range(_MAX_TILE_COLUMNS, 4, -1), key=lambda columns: -tiles % columns)
 
 
 def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """The headline figures of several runs as a table: one row per run."""
-    tiles = [dict(_tiles(run)) for run in runs]
+    tiles = [{tile.label: tile.text for tile in headline(run)} for run in runs]
     columns = list(dict.fromkeys(label for run_tiles in tiles for label in run_tiles))
     return {"columns": columns, "rows": [(run.name, [t.get(c, "") for c in columns]) for run, t in zip(runs, tiles)]}
-
-
-def _run_view(run: RunRecord) -> dict[str, Any]:
-    """Everything the template says about one run, as plain values."""
-    target, drawn = run.target_mix(), run.drawn_mix()
-    times = [row["time"] for row in run.rows if "time" in row]
-    status = run.status
-    return {
-        "name": run.name,
-        "folder": str(run.folder),
-        "outcome": status.outcome if status else "unknown",
-        "reason": status.reason if status else "",
-        "step": run.rows[-1]["step"] if run.rows else (status.step if status else 0),
-        "total_steps": (run.config.get("run") or {}).get("max_steps"),
-        "attempts": run.attempts,
-        "started": _moment(times[0]) if times else "",
-        "took": duration(times[-1] - times[0]) if len(times) > 1 else "",
-        "discarded": run.discarded_lines,
-        "metrics": _results(run.result),
-        "seconds": _plain(run.result.get("seconds")),
-        "captions": [line for line in run.result.get("captions") or [] if isinstance(line, dict)],
-        "sources": [(name, target.get(name), drawn.get(name)) for name in dict.fromkeys((*target, *drawn))],
-        "bad": run.bad_by_reason(),
-        "bad_total": len(run.quarantine),
-        "bad_examples": [[line.get(k) or "" for k in ("shard", "key", "member")] for line in run.quarantine[-10:]],
-        "previews": _previews(run),
-        "events": [_event(event) for event in run.events[-_MAX_EVENTS:]],
-        "events_total": len(run.events),
-        "summary": _summary(run),
-        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
-    }
-
-
-def _previews(run: RunRecord) -> list[dict[str, Any]]:
-    """The newest steps' samples, pictures and sounds as data of the page; what is not there any more is left out."""
-    lines = read_previews(run.folder)
-    steps = sorted({line["step"] for line in lines})[-_PREVIEW_STEPS:]
-    return [
-        {"step": step, "samples": [_sample(run, line) for line in lines if line["step"] == step]}
-        for step in reversed(steps)
-    ]
-
-
-def _sample(run: RunRecord, line: dict[str, Any]) -> dict[str, Any]:
-    def embedded(names: Any, kind: str) -> list[str]:
-        return [uri for name in names or [] if (uri := file_uri(run.folder, str(name), kind))]
-
-    texts = {key: line.get(key) or "" for key in ("source", "given", "wanted", "predicted")}
-    images, clips = embedded(line.get("images"), "image/jpeg"), embedded(line.get("clips"), "audio/wav")
-    return {**texts, "right": line.get("right_frac"), "images": images, "clips": clips}
-
-
-def _results(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `result.json`'s metrics: name, value, chance, baseline, whether held out, note."""
-    metrics = result.get("metrics")
-    if not isinstance(metrics, dict):
-        return []
-    keys = ("value", "chance", "baseline", "held_out", "note")
-    rows = [(name, metric if isinstance(metric, dict) else {"value": metric}) for name, metric in metrics.items()]
-    return [{"name": name, **{key: metric.get(key) for key in keys}} for name, metric in rows]
-
-
-def _summary(run: RunRecord) -> list[tuple[str, str]]:
-    """The choices that make the run, one line each: (key, value); full config below it on the page."""
-    config = run.config
-    engine, batches = config.get("engine") or {}, config.get("batches") or {}
-    encoders, trunk = config.get("encoders") or {}, (config.get("fusion") or {}).get("trunk") or {}
-    git = run.environment.get("git") or {}
-    starts = [event for event in run.events if event.get("kind") == "start"]
-    lines = [
-        ("objectives", ", ".join(name for name, value in (config.get("objectives") or {}).items() if value)),
-        ("towers", ", ".join(f"{k} {v.get('name') or v.get('kind', '')}" for k, v in encoders.items() if v)),
-        ("trunk", " ".join(f"{key} {trunk[key]}" for key in ("family", "hidden_size", "num_layers") if key in trunk)),
-        ("engine", " ".join(f"{key} {engine[key]}" for key in ("zero_stage", "precision", "lr") if key in engine)),
-        ("rows", " ".join(f"{key} {batches[key]}" for key in ("rows_per_step", "row_tokens") if key in batches)),
-        ("processes", ", ".join(str(event["world_size"]) for event in starts if "world_size" in event)),
-        ("code", f"{str(git.get('sha'))[:12]}{' + changes' if git.get('dirty') else ''}" if git.get("sha") else ""),
-        ("host", str(run.environment.get("host") or "")),
-    ]
-    return [(key, value) for key, value in lines if value]
-
-
-def _event(event: dict[str, Any]) -> dict[str, Any]:
-    facts = {key: value for key, value in event.items() if key not in ("time", "kind", "step", "attempt")}
-    return {
-        "time": _moment(event["time"]) if isinstance(event.get("time"), (int, float)) else "",
-        "kind": str(event.get("kind", "")),
-        "look": _EVENT_LOOKS.get(str(event.get("kind")), ""),
-        "step": event.get("step"),
-        "facts": ", ".join(f"{key} {_short(value)}" for key, value in facts.items()),
-    }
-
-
-def figure(value: Any) -> str:
-    """A value for a table: four digits for a float, yes and no for a bool, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "not finite"
-    return str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.3g} %"
-
-
-def _share(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _short(value: Any) -> str:
-    text = figure(value) if isinstance(value, (bool, float)) else str(value)
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

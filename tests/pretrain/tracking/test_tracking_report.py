@@ -9,10 +9,10 @@ import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.core.status import Status, write_status
-from trichord.tracking.charts import thin
 from trichord.tracking.metrics import EventsWriter, MetricsWriter
 from trichord.tracking.record import read_record
 from trichord.tracking.report import render_report
+from trichord.tracking.report_curves import thin
 
 EVIL = "<script>alert('x')</script>"
 CONFIG = """\
@@ -142,12 +142,12 @@ def test_what_users_wrote_is_escaped(page):
 
 
 def test_charts_have_the_curves_the_marks_and_their_exact_labels(page):
-    charts = dict(re.findall(r"<h3>([^<]+)</h3>(<svg.*?</svg>)", page, flags=re.DOTALL))
+    charts = dict(re.findall(r"<figure[^>]*><h3>([^<]+)</h3>(.*?)</figure>", page, flags=re.DOTALL))
     assert "Samples per second" not in charts, "no chart without a metric"
     assert "stroke-dasharray" in charts["Loss"], "a dotted line where the run went on"
     for label in ("wait", "update", "other"):
-        assert f">{label}</text>" in charts["Time of a step"]
-    assert "scans</text>" in charts["Data mix"]
+        assert f"</i>{label}</span>" in charts["Time of a step"]
+    assert "</i>scans</span>" in charts["Data mix"]
 
 
 def test_several_runs_share_their_charts(tmp_path):
@@ -160,13 +160,12 @@ def test_several_runs_share_their_charts(tmp_path):
     assert len(parsed.ids) == len(set(parsed.ids))
     text = re.sub(r"\s+", " ", parsed.text)
     assert "Side by side" in text
-    assert "a 0.1 80k" in text
-    assert "b 0.2 80k" in text
-    (loss,) = re.findall(r"<h3>Loss</h3>(<svg.*?</svg>)", html, flags=re.DOTALL)
-    assert ">a</text>" in loss
-    assert ">b</text>" in loss
-    assert "Time of a step: a" in text
-    assert "Time of a step: b" in text
+    assert "a finished 0.1 80k" in text
+    assert "b finished 0.2 80k" in text
+    figures = dict(re.findall(r"<figure[^>]*><h3>([^<]+)</h3>(.*?)</figure>", html, flags=re.DOTALL))
+    assert re.findall(r"<h4>(.*?)</h4>", figures["Time of a step"]) == ["a", "b"]
+    assert re.findall(r"<h4>(.*?)</h4>", figures["Data mix"]) == ["scans", "speech"]
+    assert figures["Loss"].count("<svg") == 1
 
 
 def test_a_run_that_has_logged_nothing_yet_still_has_a_page(tmp_path):
