@@ -14,7 +14,8 @@ import torch.distributed as dist
 from trichord.batches.loader import count_steps
 from trichord.checkpoints.commit import put_back_replaced, require_writable
 from trichord.checkpoints.load import LoadedState, find_resumable, find_step, read_facts, read_train_state
-from trichord.checkpoints.mirror import fetch_newer, holds_checkpoints, mirror_of
+from trichord.checkpoints.mirror import fetch_newer, holds_checkpoints
+from trichord.checkpoints.mirror_place import mirror_of, require_place
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.load import resolved_yaml
 from trichord.config.run import RunConfig
@@ -67,6 +68,7 @@ def fetch_from_mirror(config: RunConfig) -> None:
     if mirror is None:
         return
     configure_storage(config.shards.storage)
+    require_place(mirror, path)
     if config.run.resume == "never":
         if holds_checkpoints(mirror, path):
             raise ConfigError(

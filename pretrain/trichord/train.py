@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trichord.assembly import build_loader, build_recorder, build_stepper, slot_layout, take_initial_weights
+from trichord.assembly import (
+    build_loader,
+    build_recorder,
+    build_stepper,
+    require_initial_weights,
+    slot_layout,
+    take_initial_weights,
+)
 from trichord.batches.loader import StepBatch
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.transfer import move_ahead
@@ -28,6 +35,8 @@ from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
 from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import apply_timeout, build_engine, set_rates, start_process_group
+from trichord.engine.doubts import doubts
+from trichord.engine.job import check_job
 from trichord.engine.partition import building_in, slices_of_run
 from trichord.engine.step import restart_loss_scale
 from trichord.engine.together import decide_on_rank_0
@@ -53,6 +62,7 @@ def run(config: RunConfig) -> int:
     Raises:
         TrichordError: with its exit code, after the status was written.
     """
+    configure_logging()
     stop = StopFlag().install()
     verdict = Verdict(config)
     try:
@@ -71,18 +81,23 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     """The rooms in their order, then the loop. Returns the exit code."""
     # The job, and the run it is part of.
     facts, device = start_process_group(config.engine.timeout_s)
+    check_job(config.engine, config.batches.micro_rows, facts.world_size)
     folder, start, token = decide_on_rank_0(lambda: open_run(config, verdict))
     watch = verdict.begin(folder, start.step if start else 0)
     configure_logging(folder.path / "logs" / f"rank-{facts.rank:05d}.log")
     resumed = start if folder.kind != "fresh" else None
+    if resumed is None:
+        decide_on_rank_0(lambda: require_initial_weights(config))
+    tokenizer = load_tokenizer(config.batches.tokenizer)
 
     # Shards: found and indexed, and the length of the run known, before anything large is built.
     decide_on_rank_0(lambda: make_sidecars(config, folder))
     config = fix_length(config, folder)
     total_steps = config.run.max_steps or 0
+    for doubt in doubts(config.engine, total_steps) if facts.rank == 0 else ():
+        log.warning("%s", doubt)
 
     # Layers, encoders, fusion.
-    tokenizer = load_tokenizer(config.batches.tokenizer)
     torch.manual_seed(derive_seed(config.run.seed, "weights"))  # equal on all ranks, whatever the world size
     slices = slices_of_run(config.engine)
     with building_in(slices):
@@ -160,7 +175,8 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     steps.close()
     loader.close()
     verdict.ended(finished, saved, stop.name)
-    log.info("%s", closing_line(finished, progress.step, stop.name))
+    if resumed is None or progress.step > resumed.step:  # else the opening line has said it
+        log.info("%s", closing_line(finished, progress.step, stop.name))
     dist.barrier()
     dist.destroy_process_group()
     finish_mirror(saver, folder)

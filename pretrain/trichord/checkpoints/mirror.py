@@ -20,15 +20,15 @@ from trichord.checkpoints.manifest import (
     checkpoint_name,
     incomplete_reason,
     read_json,
-    step_folders,
 )
+from trichord.checkpoints.mirror_place import mirror_of, whole_steps
 from trichord.checkpoints.mirror_store import MirrorStore
 from trichord.checkpoints.retention import reasons_to_keep, score_of, shown_reasons
 from trichord.core.errors import CheckpointError, ConfigError
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
 from trichord.shards.cache import cache_root, name_of
-from trichord.shards.locations import is_remote, local_path, shown
+from trichord.shards.locations import is_remote, shown
 
 log = get_logger(__name__)
 
@@ -148,14 +148,6 @@ class Mirror:
         return self._scores[step]
 
 
-def mirror_of(mirror: str, run_folder: Path) -> str:
-    """The place of one run: `MIRROR/RUN`. Raises ConfigError: that is the run folder itself."""
-    place = f"{mirror.rstrip('/')}/{Path(run_folder).name}"
-    if not is_remote(place) and Path(local_path(place)).resolve() == Path(run_folder).resolve():
-        raise ConfigError(f"checkpoints.mirror {mirror} is where the run itself lies ({place}); choose another place")
-    return place
-
-
 def claim(store: MirrorStore, run_folder: Path) -> None:
     """Before a copy: the place is this run's, and says so. Raises ConfigError: it is another run's."""
     theirs = require_same_run(store, run_folder, whole_steps(run_folder / "checkpoints"))
@@ -163,10 +155,6 @@ def claim(store: MirrorStore, run_folder: Path) -> None:
         _write_identity(run_folder, theirs or secrets.token_hex(8))
     if theirs is None:
         store.put_file(run_folder / IDENTITY_FILE, IDENTITY_FILE)
-
-
-def whole_steps(checkpoints: Path) -> list[int]:
-    return [step for step, path in step_folders(checkpoints).items() if incomplete_reason(path) is None]
 
 
 def require_same_run(store: MirrorStore, run_folder: Path, steps: Collection[int]) -> str | None:

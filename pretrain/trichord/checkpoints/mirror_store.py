@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 from trichord.checkpoints.hashes import hash_file
 from trichord.checkpoints.manifest import MANIFEST_FILE, Manifest, checkpoint_name
-from trichord.core.errors import CheckpointError, ConfigError, DataError
+from trichord.core.errors import CheckpointError, DataError
 from trichord.core.log import get_logger
 from trichord.core.status import fsync_folder
 from trichord.shards import remote
-from trichord.shards.locations import filesystem, shown
+from trichord.shards.locations import filesystem, is_remote, local_path, shown
 from trichord.shards.patience import settings, with_retries
 
 log = get_logger(__name__)
@@ -38,10 +38,17 @@ class MirrorStore:
     def __init__(self, url: str):
         """url: `MIRROR/RUN`. Raises ConfigError: no file system goes by it."""
         self.url = url.rstrip("/")
-        try:
-            self._path = filesystem(self.url)[1].rstrip("/")
-        except ConfigError as error:
-            raise ConfigError(f"checkpoints on {shown(url)}: {error}") from error
+        self._path = filesystem(self.url, "checkpoints")[1].rstrip("/")
+
+    def try_write(self) -> None:
+        """Where it is a folder of this machine: write and remove a file. Raises OSError: that fails."""
+        if is_remote(self.url):
+            return
+        folder = Path(local_path(self.url))
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{secrets.token_hex(4)}"
+        probe.write_bytes(b"")
+        probe.unlink()
 
     def steps(self) -> list[int]:
         """Steps that have a folder there, whole or not, ascending."""

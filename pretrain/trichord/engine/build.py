@@ -127,7 +127,7 @@ def build_engine(
         deepspeed.DeepSpeedEngine. Its `.module` is an `EngineModule`, its `.weight_average` a `WeightAverage` or None.
     """
     deepspeed = _import_deepspeed()
-    check_job(engine, micro_rows)
+    check_job(engine, micro_rows, dist.get_world_size())
     device = pick_device(rank_facts())
     optimizer = build_optimizer(build_param_groups(model, engine), engine, device)
     _tell_batch_statistics(model, grad_accum_steps)

@@ -6,27 +6,24 @@ Asked before the shards are looked at, which may take hours, and again where an 
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from trichord.core.errors import ConfigError
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 
-PROBE = ".write-test"
 
-
-def check_job(engine: EngineConfig, micro_rows: int) -> None:
-    """On every rank, after the process group is up.
+def check_job(engine: EngineConfig, micro_rows: int, world_size: int) -> None:
+    """On every rank, before anything is built.
 
     Raises:
         ConfigError: `engine.hpz_ranks` does not divide the job, this device has no fp16, the NVMe disk cannot be used,
             or DeepSpeed does not take `engine.deepspeed`.
     """
-    world_size = dist.get_world_size()
     if world_size % engine.hpz_ranks:
         raise ConfigError(
             f"engine.hpz_ranks is {engine.hpz_ranks}, which does not divide the {world_size} ranks of this job; "
@@ -89,7 +86,7 @@ def _check_nvme(folder: Path) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{PROBE}-{dist.get_rank()}"
+        probe = folder / f".write-test-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

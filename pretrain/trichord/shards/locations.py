@@ -49,9 +49,9 @@ def shown(url: str) -> str:
     return name if name == url else f"{name}?..."
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str, what: str = "shards") -> tuple[Any, str]:
     """The fsspec file system of a URL and the path in it. fsspec keeps one instance per process and thread, so that
-    this is to be asked anew after a fork.
+    this is to be asked anew after a fork. what: lies there, as messages name it.
 
     Raises:
         ConfigError: nothing goes by this scheme, what does is not installed, or the URL holds a password.
@@ -69,11 +69,11 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         extra = _EXTRAS.get(kind, "s3")
         raise ConfigError(
-            f"shards at {shown(url)!r} need a file system that is not installed ({error}); install it, for "
+            f"{what} at {shown(url)!r} need a file system that is not installed ({error}); install it, for "
             f"{kind or 'S3'} with `pip install 'trichord[{extra}]'`"
         ) from error
     except ValueError as error:
         raise ConfigError(
-            f"shards at {shown(url)!r}: {error}; expected a path, file://, s3://, gs://, https:// or another scheme of "
+            f"{what} at {shown(url)!r}: {error}; expected a path, file://, s3://, gs://, https:// or another scheme of "
             "fsspec"
         ) from error

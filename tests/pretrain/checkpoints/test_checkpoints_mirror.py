@@ -18,6 +18,7 @@ from trichord.checkpoints.config import CheckpointsConfig
 from trichord.checkpoints.hashes import file_facts
 from trichord.checkpoints.manifest import incomplete_reason
 from trichord.checkpoints.mirror import Mirror, fetch_named, fetch_newer, holds_checkpoints
+from trichord.checkpoints.mirror_place import require_place
 from trichord.checkpoints.mirror_store import MirrorStore
 from trichord.checkpoints.retention import Retention
 from trichord.core.errors import CheckpointError, ConfigError
@@ -278,8 +279,22 @@ def test_one_in_flight_and_the_newest_waits(s3, tmp_path, monkeypatch, caplog):
 
 
 def test_a_place_that_no_file_system_knows(tmp_path):
-    with pytest.raises(ConfigError, match="checkpoints on nosuch://x"):
+    with pytest.raises(ConfigError, match="^checkpoints at 'nosuch://x"):
         Mirror(tmp_path / "demo", config(mirror="nosuch://x"))
+    with pytest.raises(ConfigError, match=r"^checkpoints\.mirror: checkpoints at 'nosuch://x"):
+        require_place("nosuch://x", tmp_path / "demo")
+
+
+def test_a_disk_that_cannot_be_written_is_found_at_the_start(tmp_path, caplog):
+    run, file = tmp_path / "demo", tmp_path / "file"
+    file.write_text("")
+    require_place(str(tmp_path / "copies"), run)
+    assert list((tmp_path / "copies" / "demo").iterdir()) == []
+    with pytest.raises(ConfigError, match=r"checkpoints\.mirror .*file cannot be written: Not a directory; choose"):
+        require_place(str(file), run)
+    make(run, 10)
+    require_place(str(file), run)
+    assert "cannot be written: Not a directory: there are no copies until it can" in caplog.text
 
 
 def test_a_mirror_is_not_the_run_itself(tmp_path):

@@ -102,6 +102,8 @@ def test_an_unknown_gpu_is_named_with_the_nearest():
 
 
 def test_the_users_overlay_counts():
-    overlay = {"zero_optimization": {"stage3_max_reuse_distance": 7, "stage3_prefetch_bucket_size": 5}}
-    zero = Zero.of(EngineConfig(zero_stage=3, deepspeed=overlay), 8)
+    overlay = {"stage3_max_reuse_distance": 7, "stage3_prefetch_bucket_size": 5}
+    buckets = {"reduce_bucket_size": 9, "overlap_comm": False, "use_multi_rank_bucket_allreduce": True}
+    zero = Zero.of(EngineConfig(zero_stage=3, deepspeed={"zero_optimization": overlay | buckets}), 8)
     assert (zero.reuse, zero.prefetch) == (7, 5)
+    assert (zero.bucket, zero.overlap, zero.whole_bucket_all_reduce) == (9, False, True)
