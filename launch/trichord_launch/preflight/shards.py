@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from trichord.config.run import RunConfig
 from trichord.core.errors import DataError, TrichordError
-from trichord.shards.config import SourceConfig
+from trichord.shards.config import FieldsConfig, SourceConfig
 from trichord.shards.gathering import walk_shard
 from trichord.shards.index import Look, ShardIndex, load_index, look_at
 from trichord.shards.locations import is_compressed, is_remote, shown
@@ -91,6 +91,8 @@ def _sidecars(facts: SourceFacts) -> Finding:
     counts = ((len(without) - stale, "without"), (stale, "with stale ones"))
     detail = f"of {len(facts.looks)} shards " + ", ".join(f"{count} {which}" for count, which in counts if count)
     patterns = " ".join(f'"{shown(pattern)}"' for pattern in facts.config.shards)
+    if facts.config.fields != FieldsConfig():
+        patterns = "CONFIG [overrides], for this source has fields of its own"
     remedy = f"trichord data index {patterns}; else the first rank reads {size} before step 0 while the others wait"
     return Finding(name, "warn", detail, remedy)
 

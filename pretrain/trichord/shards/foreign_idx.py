@@ -4,6 +4,7 @@ It cannot spare the walk over the tar. What `.len` holds is in the members (the 
 headers lie right before them, in the same blocks; and only the walk tells a cut tar, or an `.idx` of another version.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -41,7 +42,8 @@ def _read(path: str) -> bytes | None:
         if is_remote(path):
             return with_retries(lambda: read_whole(path, sidecars.MAX_SIDECAR_BYTES), f"looking for {path}")
         with open(local_path(path), "rb") as file:
-            return file.read(sidecars.MAX_SIDECAR_BYTES)
+            size = os.fstat(file.fileno()).st_size  # `read` makes room for all that it is asked for
+            return file.read(min(size, sidecars.MAX_SIDECAR_BYTES))
     except (OSError, DataError):
         return None
 
@@ -64,8 +66,10 @@ def _difference(theirs: bytes, samples: Sequence[GatheredSample]) -> str | None:
 
 def _members(line: str, words: int) -> _Line | None:
     parts = line.split()
+    if len(parts) % words:
+        return None
     try:
-        groups = zip(parts[::words], parts[1::words], parts[2::words], strict=True)
+        groups = zip(parts[::words], parts[1::words], parts[2::words])
         return [(ext, int(offset), int(size)) for ext, offset, size in groups]
     except ValueError:
         return None

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import tarfile
 import time
 from pathlib import Path
@@ -417,6 +418,42 @@ def test_a_right_idx_of_wds2idx_stays_and_a_wrong_one_is_replaced(write_tar):
     idx.write_text("v1.2 2\ntxt 1024 3 0.txt\ntxt 2048 5 1.txt\n")
     assert load_index(path).entry(1).members["text"].offset == 1536
     assert idx.read_text() == "v1.2 2\ntxt 512 3 0.txt\ntxt 1536 5 1.txt\n"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("v1.2 2\ntxt 512 3 0.txt\ntxt 1536 5 1.txt\n", None),
+        ("v1.1 2\ntxt 512 3\ntxt 1536 5\n", None),  # the versions before had no names
+        ("v1.0 2\ntxt 512 3\ntxt 1536 5\n", None),
+        (
+            "v1.2 2\ntxt 512 3 0.txt\ntxt 2048 5 1.txt\n",
+            r"s\.idx: it has txt of 5 bytes at byte 2048 in sample 2, the tar txt of 5 bytes at byte 1536 \(1\)",
+        ),
+        ("v1.1 1\ntxt 512 3\n", r"s\.idx: it lists 1 samples, and the tar holds 2"),
+        ("v1.2 2\ntxt 512 3\ntxt 1536 5\n", r"s\.idx: it has a line that cannot be read in sample 1"),
+        ("<html>", r"s\.idx: its first line is '<html>', expected v1\.0, v1\.1 or v1\.2"),
+        ("", r"s\.idx: its first line is ''"),
+    ],
+)
+def test_the_idx_of_another_tool_is_compared_and_never_believed(write_tar, caplog, theirs, said):
+    path = write_tar([("0.txt", b"one"), ("1.txt", b"three")])
+    idx = Path(path).with_suffix(".idx")
+    idx.write_text(theirs)
+    index = load_index(path)
+    assert [index.entry(number).members["text"].offset for number in range(2)] == [512, 1536]
+    assert idx.read_text() == "v1.2 2\ntxt 512 3 0.txt\ntxt 1536 5 1.txt\n"
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (said is not None)
+    assert said is None or (re.search(said, told[0]) and "the .idx of another tool is replaced" in told[0])
+
+
+def test_our_own_idx_of_an_earlier_version_is_replaced_without_a_word(write_tar, caplog):
+    path = write_tar([("0.txt", b"one")])
+    load_index(path)
+    write_tar([("0.txt", b"one"), ("1.txt", b"three")])
+    assert load_index(path).num_samples == 2
+    assert not caplog.records
 
 
 def test_the_layout_of_img2dataset(write_tar, png):

@@ -187,9 +187,11 @@ def test_sidecars_of_a_replaced_object_are_built_anew(served, shard):
     assert "not UTF-8" in load_index(url).entry(0).problem
 
 
-def test_sidecars_beside_shards_on_s3_serve_others_and_http_gets_none(s3, web, shard, tmp_path, own_cache):
+def test_sidecars_beside_shards_on_s3_serve_others_and_http_gets_none(s3, web, shard, tmp_path, own_cache, caplog):
     s3.client.upload_file(str(shard), "shards", "mine/s.tar")
+    s3.client.put_object(Bucket="shards", Key="mine/s.idx", Body=b"v1.1 1\ntxt 512 3000\n")
     build_index("s3://shards/mine/s.tar")
+    assert "s3://shards/mine/s.idx: it lists 1 samples, and the tar holds 40" in caplog.text
     listed = s3.client.list_objects_v2(Bucket="shards", Prefix="mine/")["Contents"]
     assert [item["Key"] for item in listed] == ["mine/s.idx", "mine/s.len", "mine/s.tar"]
     s3.log.clear()
