@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trichord.core.silence import decoders_silenced
+from trichord.samples.ends import OGG_TAIL_BYTES, mp3_is_cut, ogg_is_ended
 from trichord.samples.member import MemberReader
+from trichord.shards.probes import COUNTED_FORMATS, SEEKABLE
 from trichord.shards.quarantine import BadSample
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 Choose = Callable[[int, int, int], tuple[int, int]]
 """(frames, rate, channels) of a clip -> first frame and number of frames to decode; raises BadSample."""
 
-_SEEKABLE = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS")
-"""Containers in which a place is found by looking at little of the file; none of them is MP3."""
-_COUNTED_FORMATS = ("MP3", "MPEG")
 _COUNTED_FRAMES = 1 << 16
 _MAX_HEADER_FRAMES = 2**40  # libsndfile says SF_COUNT_MAX where a stream does not know its length
 
@@ -44,10 +42,15 @@ def read_sound_file(
     import soundfile
 
     magic = member.read(0, 4)
-    file = _BlockFile(member) if crop and magic in _SEEKABLE else io.BytesIO(member.read(0, member.size))
+    data = None if crop and magic in SEEKABLE else member.read(0, member.size)
+    file = _BlockFile(member) if data is None else io.BytesIO(data)
     try:
-        with contextlib.nullcontext() if magic in _SEEKABLE else _quiet_libraries(), soundfile.SoundFile(file) as clip:  # pyright: ignore[reportArgumentType]
+        if magic == b"OggS":
+            _require_end(file, member.size)
+        with contextlib.nullcontext() if magic in SEEKABLE else decoders_silenced(), soundfile.SoundFile(file) as clip:  # pyright: ignore[reportArgumentType]
             frames = _count_frames(clip) if indexed_frames is None else indexed_frames
+            if data is not None and clip.format in COUNTED_FORMATS and mp3_is_cut(data, frames):
+                raise BadSample(f"the audio is cut: its header promises more than the {frames} frames that are there")
             start, count = choose(frames, clip.samplerate, clip.channels)
             if start:
                 clip.seek(start)
@@ -65,9 +68,17 @@ def read_sound_file(
     return samples, rate
 
 
+def _require_end(file: _BlockFile | io.BytesIO, size: int) -> None:
+    file.seek(max(0, size - OGG_TAIL_BYTES))
+    ended = ogg_is_ended(file.read(OGG_TAIL_BYTES))
+    file.seek(0)
+    if not ended:
+        raise BadSample("the audio is cut: its last Ogg page is not whole, or does not end the stream")
+
+
 def _count_frames(clip: SoundFile) -> int:
     """What the header says, or where it only estimates, by decoding; the clip is at its beginning again."""
-    if clip.format not in _COUNTED_FORMATS and 0 <= clip.frames < _MAX_HEADER_FRAMES:
+    if clip.format not in COUNTED_FORMATS and 0 <= clip.frames < _MAX_HEADER_FRAMES:
         return clip.frames
     frames = sum(iter(lambda: len(clip.read(_COUNTED_FRAMES, dtype="int16")), 0))
     clip.seek(0)
@@ -126,20 +137,3 @@ class _BlockFile:
             if len(self._blocks) > self._MAX_BLOCKS:
                 self._blocks.popitem(last=False)
         return self._blocks[number]
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Let the MP3 decoder's notes on damage go nowhere, in worker processes: these have one thread, so nothing else is
-    lost with them. In a process of several threads standard error is left as it is."""
-    if multiprocessing.parent_process() is None:
-        yield
-        return
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -5,7 +5,10 @@ What cannot be measured gets a reason, the same words on every machine: it quara
 
 import io
 import warnings
+from contextlib import nullcontext
 from typing import IO, Literal
+
+from trichord.core.silence import decoders_silenced
 
 Kind = Literal["image", "audio", "text"]
 Measure = list[int] | int | str
@@ -17,7 +20,10 @@ MAX_PROBED_BYTES = 2**30
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
 _PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-_COUNTED_FORMATS = ("MP3", "MPEG")
+SEEKABLE = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS")
+"""Sound containers in which a place is found by looking at little of the file; none of them is MP3."""
+COUNTED_FORMATS = ("MP3", "MPEG")
+"""libsndfile's names of those whose length it estimates."""
 _MAX_HEADER_FRAMES = 2**40  # libsndfile says SF_COUNT_MAX where a stream does not know its length
 _BLOCK_FRAMES = 1 << 16
 
@@ -78,9 +84,10 @@ def _measure_audio(data: bytes) -> Measure:
     import soundfile
 
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as audio:
+        silence = nullcontext() if data[:4] in SEEKABLE else decoders_silenced()
+        with silence, soundfile.SoundFile(io.BytesIO(data)) as audio:
             frames = len(audio)
-            if audio.format in _COUNTED_FORMATS or not 0 < frames < _MAX_HEADER_FRAMES:
+            if audio.format in COUNTED_FORMATS or not 0 < frames < _MAX_HEADER_FRAMES:
                 # not audio.blocks(): it believes the header and fills up what is missing
                 frames = sum(iter(lambda: len(audio.read(_BLOCK_FRAMES, dtype="int16")), 0))
             return [frames, audio.samplerate] if frames else "audio without a single frame"

@@ -56,11 +56,11 @@ def test_every_key_is_known_to_change_or_not():
 )
 def test_extensions_that_can_never_match_are_refused(field, extensions, words):
     with pytest.raises(ValidationError, match=words):
-        FieldsConfig(**{field: extensions})
+        FieldsConfig.model_validate({field: extensions})
 
 
 def test_one_extension_or_several_in_webdatasets_form_are_a_list():
-    fields = FieldsConfig(image="jpg;jpeg", audio="oga", text="caption")
+    fields = FieldsConfig.model_validate({"image": "jpg;jpeg", "audio": "oga", "text": "caption"})
     assert (fields.image, fields.audio, fields.text) == (("jpg", "jpeg"), ("oga",), ("caption",))
 
 
