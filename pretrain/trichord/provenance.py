@@ -21,11 +21,14 @@ from trichord.checkpoints.load import read_facts
 from trichord.checkpoints.manifest import incomplete_reason, step_folders
 from trichord.config.identity import read_run_config
 from trichord.config.run import RunConfig
-from trichord.core.errors import CheckpointError, ConfigError
+from trichord.core.errors import ConfigError, DataError
 from trichord.restore import TOKENIZER_FOLDER, item_lengths, stored_config
 from trichord.shards.follow import FOLLOW_FOLDER
+from trichord.shards.known import SHARDS_FILE, check_shards
 from trichord.shards.lanes import LanePlanner
 from trichord.shards.reader import open_sources
+
+_ADVICE = "put the data back as it was, to tell what a past step was made of"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ def open_past(run: Path, step: int) -> Past:
     """Find the checkpoints around optimizer step `step` and open the run's data.
 
     Raises:
-        CheckpointError: no run folder; the data is not what the run has seen. ConfigError: no such step.
+        ConfigError: no run folder, no such step. DataError: a shard is gone or has changed, and which.
+        CheckpointError: the data is not what the run has seen; a checkpoint or the run's config is damaged.
     """
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is no run folder: expected config.yaml in it")
     newest = read_run_config(run)
     before, behind = (None if path is None else read_facts(path) for path in _checkpoints_around(run, step))
     # What the attempt that made the step was told: weights may have changed since.
@@ -86,7 +92,9 @@ def open_past(run: Path, step: int) -> Past:
     identity = data_identity(config.shards, planner, config.run.seed)
     first = {lane: LaneCursor(order.first_state(lane)) for lane in range(config.batches.num_lanes)}
     start = LoaderState(0, first, identity) if before is None else before.loader
-    start.check_fits(identity)
+    own = {table.name: table.headers for table in planner.tables if not table.config.follow}
+    check_shards(run / SHARDS_FILE, own, _ADVICE)
+    start.check_fits(identity, _ADVICE)
     goal = None if behind is None else behind.loader
     return Past(config, None if before is None else before.folder, start, goal, order, planner)
 
@@ -107,14 +115,14 @@ def samples_of_step(
         on_progress: called as (lanes done, lanes).
 
     Raises:
-        CheckpointError: no run folder; the data is not what the run has seen; the chains differ.
-        ConfigError: no such step or lane.
+        CheckpointError, ConfigError: as `open_past`; no such lane.
+        DataError: a shard is gone or has changed; the chains differ.
     """
     past = open_past(run, step)
     config, planner, start = past.config, past.planner, past.start
     numbers = _lanes(lanes, config.batches.num_lanes)
     goal = past.goal if verify else None
-    bad = _left_out(run, step)
+    bad = left_out_at(run, step)
     samples: list[UsedSample] = []
     per_lane = config.batches.rows_per_lane
     for done, lane in enumerate(numbers, start=1):
@@ -125,13 +133,28 @@ def samples_of_step(
                 if number == step - 1:
                     samples += _used(row, lane, lane * per_lane + place, planner, bad)
         if goal is not None and reader.cursor.chain != goal.lanes[lane].chain:
-            raise CheckpointError(
+            raise DataError(
                 f"{run}: lane {lane} planned from step {start.step} does not reach the digest of checkpoint "
                 f"{goal.step}: weights, tokenizer or filters were others when it was trained; --no-verify lists the "
                 "samples all the same"
             )
         on_progress(done, len(numbers))
     return Provenance(str(run), step, start.step, None if goal is None else goal.step, samples)
+
+
+def reaches_goal(past: Past, state: LoaderState) -> bool | None:
+    """Whether the lanes, planned on from `state`, come to the digest chains of the checkpoint behind; None: there is
+    none."""
+    if past.goal is None:
+        return None
+    for lane, cursor in state.lanes.items():
+        reader = LaneReader(past.order, past.planner, past.config.run.seed, cursor)
+        for number in range(state.step, past.goal.step):
+            for _ in range(past.config.batches.rows_per_lane):
+                reader.next_row(number)
+        if reader.cursor.chain != past.goal.lanes[lane].chain:
+            return False
+    return True
 
 
 def _checkpoints_around(run: Path, step: int) -> tuple[Path | None, Path | None]:
@@ -195,7 +218,7 @@ def _used(
     ]
 
 
-def _left_out(run: Path, step: int) -> dict[tuple[str, str], str]:
+def left_out_at(run: Path, step: int) -> dict[tuple[str, str], str]:
     """(shard, key) -> reason of the samples that turned out bad when this step was decoded."""
     try:
         lines = (run / "quarantine.jsonl").read_text().splitlines()

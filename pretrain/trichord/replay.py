@@ -8,6 +8,7 @@ equal to rounding (1e-5 in fp32); the difference grows with the steps in between
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,23 +24,31 @@ from trichord.batches.packed_batch import PackedBatch
 from trichord.checkpoints.load import find_step, load_into
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
+from trichord.core.errors import ConfigError
 from trichord.core.seed import derive_seed
 from trichord.engine.blocks import prepare_blocks
 from trichord.engine.build import build_engine, set_rates, start_process_group
 from trichord.fusion.model import Trichord
 from trichord.objectives.combine import total_loss
-from trichord.provenance import Past, open_past, run_tokenizer
+from trichord.provenance import Past, left_out_at, open_past, reaches_goal, run_tokenizer
 from trichord.restore import build_from_config, training_lengths
 from trichord.tracking.metrics import merge_steps, read_events, read_metrics
 
-_RECORDED = ("train/loss", "train/grad_norm")
+TOLERANCE = {"fp32": 1e-5}
+LOW_PRECISION_TOLERANCE = 2e-2
+_COUNTED = {"samples": "train/samples_seen", "useful_tokens": "train/tokens_seen"}
 _NO_COUNTS = {"samples": 0.0, "bad_samples": 0.0, "filtered": 0.0, "stop": 0.0}
 
 
 @dataclass(frozen=True)
 class RebuiltBatch:
     """The batch of a step, decoded again. digest: BLAKE2b of all its tensors, equal wherever the same data, config and
-    library versions are; samples, useful_tokens, left_out: counts."""
+    library versions are; samples, useful_tokens, left_out: counts.
+
+    verified_by: step of the checkpoint that the planned order was compared with; None: there is none behind the step.
+    recorded_samples, recorded_useful_tokens: by `metrics.jsonl`; None where the step or the one before was not logged.
+    differences: from what the run has recorded, empty where there is none.
+    """
 
     run: str
     step: int
@@ -47,15 +56,28 @@ class RebuiltBatch:
     useful_tokens: int
     left_out: int
     digest: str
+    verified_by: int | None
+    recorded_samples: int | None
+    recorded_useful_tokens: int | None
+    differences: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """equal, differs, or nothing to compare with."""
+        if self.differences:
+            return "differs"
+        compared = (self.verified_by, self.recorded_samples, self.recorded_useful_tokens)
+        return "nothing to compare with" if all(fact is None for fact in compared) else "equal"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Replay:
     """A step done again. replayed_from: step of the checkpoint, 0 for fresh weights. recorded_*: what `metrics.jsonl`
-    says; None where that step was not logged."""
+    says, NaN where that was not finite; None where that step was not logged. limit: what the loss may differ by,
+    relative."""
 
     run: str
     step: int
@@ -65,33 +87,66 @@ class Replay:
     losses: dict[str, float]
     recorded_loss: float | None
     recorded_grad_norm: float | None
+    limit: float
 
     @property
     def difference(self) -> float | None:
-        """Of the loss, relative to the recorded one."""
-        if self.recorded_loss is None:
+        """Of the loss, relative to the recorded one; None where either is not there or not finite."""
+        if self.recorded_loss is None or not (math.isfinite(self.loss) and math.isfinite(self.recorded_loss)):
             return None
         return abs(self.loss - self.recorded_loss) / max(abs(self.recorded_loss), 1e-30)
 
+    @property
+    def verdict(self) -> str:
+        """equal, both not finite, differs, or nothing to compare with."""
+        if self.recorded_loss is None:
+            return "nothing to compare with"
+        if self.difference is None:
+            return "differs" if math.isfinite(self.loss) or math.isfinite(self.recorded_loss) else "both not finite"
+        return "equal" if self.difference <= self.limit else "differs"
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"difference": self.difference}
+        return asdict(self) | {"difference": self.difference, "verdict": self.verdict}
 
 
 def rebuild_batch(run: Path, step: int) -> RebuiltBatch:
-    """Plan up to the step, then read and decode its samples alone.
+    """Plan up to the step, then read and decode its samples alone; compare with what the run has recorded.
+
+    Compared are the planned order with the digest chains of the next checkpoint, the samples and tokens of the step
+    with `metrics.jsonl`, and the samples left out with `quarantine.jsonl`. No digest of pixels and waves is recorded.
 
     Raises:
-        CheckpointError, ConfigError: as `samples_of_step`. DataError: a shard cannot be read.
+        CheckpointError, ConfigError: as `open_past`. DataError: a shard is gone, has changed, or cannot be read.
     """
     past = open_past(run, step)
     config = _alone(past.config)
+    before = _state_before(past, step)
+    reached = reaches_goal(past, before)
     with torch.device("meta"):  # only lengths are asked of it
         model = build_from_config(config, run_tokenizer(run, config), random_weights=False)
-    loader = _open_loader(run, config, model, _state_before(past, step))
+    loader = _open_loader(run, config, model, before)
     batch = next(iter(loader))
     loader.close()
+    stats = batch.stats
+    found = {"samples": stats.samples, "useful_tokens": stats.useful_tokens}
+    recorded = {name: _count_of_step(run, metric, step) for name, metric in _COUNTED.items()}
+    differences = [
+        f"{found[name]} {name.replace('_', ' ')}, recorded are {count}"
+        for name, count in recorded.items()
+        if count is not None and count != found[name]
+    ]
+    goal = None if past.goal is None else past.goal.step
+    if reached is False:
+        differences.insert(0, f"the planned order does not reach the digest of checkpoint {goal}")
+    left_out = {(record.shard, record.key) for record in stats.records}
+    if left_out != (known := left_out_at(run, step).keys()):
+        differences.append(f"{len(left_out)} samples left out, quarantine.jsonl has {len(known)}, or others")
     return RebuiltBatch(
-        str(run), step, batch.stats.samples, batch.stats.useful_tokens, batch.stats.bad_samples, _digest(batch)
+        *(str(run), step, stats.samples, stats.useful_tokens, stats.bad_samples, _digest(batch)),
+        verified_by=goal,
+        recorded_samples=recorded["samples"],
+        recorded_useful_tokens=recorded["useful_tokens"],
+        differences=tuple(differences),
     )
 
 
@@ -102,7 +157,7 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
         run: the run folder. step: 1 is the first. on_progress: called as (steps done, steps).
 
     Raises:
-        CheckpointError, ConfigError: as `samples_of_step`. DataError: a shard cannot be read.
+        CheckpointError, ConfigError: as `open_past`. DataError: a shard is gone, has changed, or cannot be read.
     """
     past = open_past(run, step)
     config, first = _alone(past.config), past.start.step
@@ -130,13 +185,20 @@ def replay_step(run: Path, step: int, *, on_progress: Callable[[int, int], None]
         on_progress(number + 1 - first, step - first)
     loader.close()
     assert result is not None
+    if result.is_empty:
+        raise ConfigError(f"--step: step {step} of {run} held not one sample, so it had no loss and changed nothing")
     losses = {name: float(value) for name, value in result.losses.items()}
-    recorded = _recorded(run, step)
     return Replay(
         *(str(run), step, first, total_loss(config.objectives, losses), result.grad_norm, losses),
-        recorded_loss=recorded.get("train/loss"),
-        recorded_grad_norm=recorded.get("train/grad_norm"),
+        recorded_loss=_recorded(run, step, "train/loss"),
+        recorded_grad_norm=_recorded(run, step, "train/grad_norm"),
+        limit=replay_limit(config, step - first),
     )
+
+
+def replay_limit(config: RunConfig, steps: int) -> float:
+    """What the loss may differ by, relative: rounding, once for each step that is done again."""
+    return TOLERANCE.get(config.engine.precision, LOW_PRECISION_TOLERANCE) * steps
 
 
 def rewinds_of(run: Path) -> dict[int, int]:
@@ -190,6 +252,16 @@ def _tensors(batch: PackedBatch) -> Iterator[tuple[str, Tensor]]:
             yield field.name, value
 
 
-def _recorded(run: Path, step: int) -> dict[str, float]:
+def _recorded(run: Path, step: int, name: str) -> float | None:
+    """What `metrics.jsonl` says of a step; None where it was not logged. It has null for what was not finite: NaN."""
     rows = [row for row in merge_steps(read_metrics(run)) if row["step"] == step]
-    return {name: rows[0][name] for name in _RECORDED if rows and rows[0].get(name) is not None}
+    if not rows or name not in rows[0]:
+        return None
+    return math.nan if rows[0][name] is None else rows[0][name]
+
+
+def _count_of_step(run: Path, name: str, step: int) -> int | None:
+    """What one step has added to a count that the record sums up; None where it or the step before was not logged."""
+    before = 0 if step == 1 else _recorded(run, step - 1, name)
+    after = _recorded(run, step, name)
+    return None if before is None or after is None else int(after - before)

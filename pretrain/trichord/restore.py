@@ -1,9 +1,10 @@
-"""A trained model back from a checkpoint: for evaluation, export and generation."""
+"""A trained model back from a checkpoint: for evaluation, export, generation; and the checkpoint a rewind goes to."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,22 @@ from trichord.batches.tokenizer import TextTokenizer, load_tokenizer
 from trichord.batches.windows import ItemLengths
 from trichord.checkpoints.contents import ExpectedModel
 from trichord.checkpoints.load import check_shapes, load_weights, read_train_state, resolve_checkpoint
-from trichord.checkpoints.manifest import TRAIN_STATE_FILE, read_json
+from trichord.checkpoints.manifest import TRAIN_STATE_FILE, Manifest, incomplete_reason, read_json, step_folders
 from trichord.config.run import RunConfig
+from trichord.core.dist import rank_facts
 from trichord.core.errors import CheckpointError, TrichordError
-from trichord.encoders.lengths import audio_tokens, image_grid
+from trichord.core.log import get_logger
+from trichord.core.phase import set_phase
+from trichord.encoders.lengths import audio_tokens, tower_lengths
 from trichord.encoders.log_mel import clip_log_mel
+from trichord.engine.together import decide_on_rank_0, gather_lists
 from trichord.fusion.flops import row_cost
 from trichord.fusion.hf import TrichordConfig, TrichordForConditionalGeneration, wrap_model
 from trichord.fusion.model import Trichord, build_model, param_room
 from trichord.layers.initial import SkipInitialValues
 from trichord.layers.stored import stored_buffers, stored_tensors
+
+log = get_logger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -125,17 +132,8 @@ def with_generate(restored: Restored) -> TrichordForConditionalGeneration | None
 
 
 def item_lengths(config: RunConfig) -> ItemLengths:
-    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders.
-
-    Without a trunk there is no stream to be in: items go to their towers only.
-    """
-    vision, audio = config.encoders.vision, config.encoders.audio
-    streamed = config.fusion.trunk is not None
-    grid = image_grid(vision, config.samples.image.size) if vision is not None and streamed else (0, 0)
-    return ItemLengths(
-        image=(lambda width, height: grid) if vision is not None else None,
-        audio=(lambda samples: audio_tokens(audio, samples) if streamed else 0) if audio is not None else None,
-    )
+    """`tower_lengths` of a whole config."""
+    return tower_lengths(config.encoders, config.samples.image.size, config.fusion.trunk is not None)
 
 
 def training_lengths(config: RunConfig, model: Trichord) -> ItemLengths:
@@ -146,6 +144,48 @@ def training_lengths(config: RunConfig, model: Trichord) -> ItemLengths:
     if audio is None or config.samples.audio.mel == "device":
         return lengths
     return replace(lengths, log_mel=clip_log_mel(audio, config.samples.audio.sample_rate), num_mels=audio.mel.n_mels)
+
+
+def whole_to_rewind(folder: Path, before: int | None) -> Path | None:
+    """The newest checkpoint to go back to whose bytes are those of its save. Called on all ranks."""
+    while (back := decide_on_rank_0(partial(find_to_rewind, folder, before))) is not None:
+        damage = _damage_of(back)
+        if damage is None:
+            return back
+        log.warning("%s; the rewind takes an older one", damage)
+        before = int(back.name.removeprefix("step-"))
+    return None
+
+
+def find_to_rewind(folder: Path, before: int | None) -> Path | None:
+    """The newest complete checkpoint of a run that was not saved among skipped steps, as the last of an attempt may be:
+    its weights are those that led there; a damaged one is passed over with a warning. before: older than this step, to
+    whose weights no finite step has followed.
+    """
+    for step, path in reversed(step_folders(folder).items()):
+        if incomplete_reason(path) is not None or (before is not None and step >= before):
+            continue
+        try:
+            skipped = read_train_state(path)["progress"]["skipped_in_a_row"]
+        except CheckpointError as error:
+            log.warning("%s; the rewind takes an older one", error)
+            continue
+        if not skipped:
+            return path
+    return None
+
+
+def _damage_of(folder: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None: nothing. Called on all ranks, which share out its files."""
+    manifest, facts = Manifest(folder), rank_facts()
+    problems = []
+    for name in sorted(manifest.files)[facts.rank :: facts.world_size]:
+        set_phase("verify", file=name)
+        try:
+            manifest.verify(name)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return next(iter(gather_lists(problems)), None)
 
 
 def _tokenizer_of(folder: Path, config: RunConfig) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from trichord.assembly import (
 from trichord.batches.loader import StepBatch
 from trichord.batches.tokenizer import load_tokenizer
 from trichord.batches.transfer import move_ahead
-from trichord.checkpoints.load import load_into, read_train_state
-from trichord.checkpoints.manifest import incomplete_reason, step_folders
+from trichord.checkpoints.load import load_into
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
@@ -44,7 +42,7 @@ from trichord.engine.watch import StopFlag
 from trichord.evaluate import OnTheWay
 from trichord.journal import Progress, Recording
 from trichord.opening import fix_length, make_sidecars, open_run, opening_line
-from trichord.restore import TOKENIZER_FOLDER, build_from_config, training_lengths
+from trichord.restore import TOKENIZER_FOLDER, build_from_config, training_lengths, whole_to_rewind
 from trichord.tracking.metrics import append_event
 from trichord.tracking.recorder import Recorder
 from trichord.verdict import Verdict
@@ -196,7 +194,7 @@ def rewind(config: RunConfig, engine: Any, progress: Progress, saver: Checkpoint
         saver.finish()
         record_saves(saver, recorder)
         set_phase("rewind")
-        back = decide_on_rank_0(lambda: find_to_rewind(saver.folder, progress.rewound_to))
+        back = whole_to_rewind(saver.folder, progress.rewound_to)
     if back is None:
         why = f"engine.rewinds ({allowed}) are used up" if used_up else "there is no checkpoint to go back to"
         if not used_up and progress.rewound_to is not None:
@@ -215,21 +213,6 @@ def rewind(config: RunConfig, engine: Any, progress: Progress, saver: Checkpoint
         *(progress.step, bad_steps, back.name, progress.step + 1, progress.rewinds, allowed),
     )
     recorder.event("rewind", progress.step, to_step=progress.rewound_to, rewinds=progress.rewinds)
-
-
-def find_to_rewind(folder: Path, before: int | None) -> Path | None:
-    """The newest complete checkpoint of a run that was not saved among skipped steps, as the last of an attempt may be:
-    its weights are those that led there. before: older than this step, to whose weights no finite step has followed.
-
-    Raises:
-        CheckpointError: its train_state.json is damaged.
-    """
-    for step, path in reversed(step_folders(folder).items()):
-        if incomplete_reason(path) is not None or (before is not None and step >= before):
-            continue
-        if not read_train_state(path)["progress"]["skipped_in_a_row"]:
-            return path
-    return None
 
 
 def record_saves(saver: CheckpointSaver, recorder: Recorder) -> None:

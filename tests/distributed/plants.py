@@ -135,9 +135,12 @@ def log_on_full_disk(folder: str) -> None:
     (logs / "rank-00000.log").symlink_to("/dev/full")
 
 
-def not_finite(rank: int, steps: list[int]) -> None:
-    """The loss of a rank is nan in these steps."""
+def not_finite(rank: int, steps: list[int], damaged: str = "") -> None:
+    """The loss of a rank is nan in these micro-steps. damaged: a file whose bytes change before the first rewind."""
     from trichord.engine import step as engine_step
+
+    if damaged and rank_facts().rank == 0:
+        _change_before_rewind(Path(damaged))
 
     losses, calls = engine_step.micro_loss, []
 
@@ -149,6 +152,21 @@ def not_finite(rank: int, steps: list[int]) -> None:
         return losses(*args, **kwargs)
 
     engine_step.micro_loss = planted
+
+
+def _change_before_rewind(file: Path) -> None:
+    from trichord import train
+
+    find = train.whole_to_rewind
+
+    def planted(*args):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        train.whole_to_rewind = find
+        return find(*args)
+
+    train.whole_to_rewind = planted
 
 
 def shards_vanish(step: int, pattern: str) -> None:

@@ -19,8 +19,8 @@ from trichord.checkpoints.slices import SliceReader
 from trichord.engine.step import restart_loss_scale
 from trichord.provenance import open_past
 from trichord.replay import _state_before, replay_step
+from trichord.restore import find_to_rewind
 from trichord.tracking.metrics import merge_steps, read_metrics
-from trichord.train import find_to_rewind
 
 pytestmark = pytest.mark.distributed
 
@@ -84,15 +84,22 @@ def test_after_a_rewind_a_run_is_one_that_began_with_those_weights_at_this_data(
 
 
 def test_rewinds_in_a_row_find_older_checkpoints_until_there_is_none(data, tmp_path):
-    """The first takes step 4, the second step 2, which a copy of step 4 has not pushed out."""
-    options = ("engine.rewinds=3", "engine.max_bad_steps=2", "checkpoints.keep_last=2", "run.max_steps=12")
-    ended = run_with(data, tmp_path, 2, "not_finite", {"rank": 1, "steps": list(range(8, 20))}, *options)
+    """The first takes step 4, since the bytes of step 6 have changed, the second step 2, which a copy of step 4 has not
+    pushed out."""
+    options = ("engine.rewinds=3", "engine.max_bad_steps=2", "checkpoints.keep_last=3", "run.max_steps=14")
+    damaged = tmp_path / "tiny" / "checkpoints" / "step-000006" / "rank-00001.safetensors"
+    facts = {"rank": 1, "steps": list(range(12, 28)), "damaged": str(damaged)}
+    ended = run_with(data, tmp_path, 2, "not_finite", facts, *options)
+    for rank in (0, 1):
+        assert "its bytes have changed" in (told := ended.log(rank))
+        assert f"{damaged} has the hash" in told
+        assert "the rewind takes an older one" in told
     assert [event["to_step"] for event in ended.events("rewind")] == [4, 2]
     check_end(ended, 1, r"there is no checkpoint to go back to before step 2, whose weights were tried")
 
 
 def test_a_rewind_passes_over_what_led_to_it(tmp_path):
-    """The newest; but none of skipped steps, and none whose weights the last rewind has tried in vain."""
+    """The newest; but none of skipped steps, none that is damaged, none whose weights the last rewind tried in vain."""
     for step, skipped in ((2, 0), (4, 0), (6, 1)):
         folder = tmp_path / f"step-{step:06d}"
         folder.mkdir()
@@ -102,6 +109,10 @@ def test_a_rewind_passes_over_what_led_to_it(tmp_path):
         files = {"train_state.json": file_facts(folder / "train_state.json")}
         (folder / "manifest.json").write_text(json.dumps({"files": files}))
     (tmp_path / "step-000005").mkdir()
+    shutil.copytree(tmp_path / "step-000004", tmp_path / "step-000008")
+    (tmp_path / "step-000008" / "train_state.json").write_text(
+        (tmp_path / "step-000004" / "train_state.json").read_text().replace("4", "8")  # its hash is not that any more
+    )
     found = [find_to_rewind(tmp_path, before) for before in (None, 4, 2)]
     assert [path and path.name for path in found] == ["step-000004", "step-000002", None]
 

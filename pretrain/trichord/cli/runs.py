@@ -9,7 +9,7 @@ import typer
 from trichord.cli.app import app, track_app
 from trichord.cli.arguments import Averaged, CheckpointPath, ConfigPath, JsonFile, Overrides, RunPath
 from trichord.cli.output import advancing, print_metrics, print_rows, write_json
-from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DONE, ConfigError
+from trichord.core.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, ConfigError
 
 
 @app.command()
@@ -115,11 +115,14 @@ def provenance(
     verify: Annotated[bool, typer.Option(help="Plan on to the next checkpoint and compare digests.")] = True,
     replay: Annotated[bool, typer.Option("--replay", help="Do the step again and compare its loss.")] = False,
     data_only: Annotated[
-        bool, typer.Option("--data-only", help="Rebuild the step's batch, without a model's weights, and digest it.")
+        bool, typer.Option("--data-only", help="Rebuild the step's batch, without weights, compare and digest it.")
     ] = False,
     json_file: JsonFile = None,
-) -> None:
-    """Which samples a past step was made of, planned anew from the nearest checkpoint before it; or the step again."""
+) -> int:
+    """Which samples a past step was made of, planned anew from the nearest checkpoint before it; or the step again.
+
+    Exit code 3 where it is not what the run has recorded.
+    """
     if replay and data_only:
         raise ConfigError("--replay makes the batch too: choose it or --data-only")
     if lane and (replay or data_only):
@@ -137,8 +140,9 @@ def provenance(
     typer.echo(f"{len(found.samples)} samples, planned from step {found.planned_from}, {proof}", err=True)
     write_json(json_file, found.to_json())
 
+    return EXIT_DONE
 
-def _replay(run: Path, step: int, json_file: Path | None) -> None:
+def _replay(run: Path, step: int, json_file: Path | None) -> int:
     from trichord.replay import replay_step
 
     with advancing("replaying steps") as show:
@@ -149,18 +153,25 @@ def _replay(run: Path, step: int, json_file: Path | None) -> None:
     ]
     print_rows([{name: "not logged" if value is None else value for name, value in row.items()} for row in rows])
     start = f"checkpoint {found.replayed_from}" if found.replayed_from else "the start"
-    apart = "" if found.difference is None else f"; the loss differs by {found.difference:.1e}, relative"
-    typer.echo(f"{step - found.replayed_from} steps from {start} on, in one process{apart}", err=True)
+    apart = "" if found.difference is None else f", by {found.difference:.1e}, relative; allowed {found.limit:.0e}"
+    typer.echo(f"{step - found.replayed_from} steps from {start} on, in one process; {found.verdict}{apart}", err=True)
     write_json(json_file, found.to_json())
 
+    return EXIT_DATA if found.verdict == "differs" else EXIT_DONE
 
-def _rebuild(run: Path, step: int, json_file: Path | None) -> None:
+def _rebuild(run: Path, step: int, json_file: Path | None) -> int:
     from trichord.replay import rebuild_batch
 
     found = rebuild_batch(run, step)
-    print_rows([{name: value for name, value in found.to_json().items() if name != "run"}])
+    shown = ("step", "samples", "useful_tokens", "left_out", "digest")
+    print_rows([{name: getattr(found, name) for name in shown}])
+    with_what = [f"the digest of step {found.verified_by}"] * (found.verified_by is not None)
+    with_what += ["the recorded counts"] * (found.recorded_samples is not None)
+    told = "; ".join(found.differences) or f"compared with {' and '.join(with_what) or 'the samples left out'}"
+    typer.echo(f"{found.verdict}: {told}", err=True)
     write_json(json_file, found.to_json())
 
+    return EXIT_DATA if found.verdict == "differs" else EXIT_DONE
 
 @app.command()
 def plan(

@@ -22,12 +22,11 @@ from trichord.checkpoints.slices import SliceReader
 from trichord.config.load import load_run_config
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
+from trichord.replay import LOW_PRECISION_TOLERANCE, TOLERANCE
 from trichord.selftest.processes import Moment, train_and_kill, train_and_kill_at, train_by_launcher
 from trichord.tracking.metrics import merge_steps, read_metrics
 
 COMPARED_STEPS = 20
-TOLERANCE = {"fp32": 1e-5}
-LOW_PRECISION_TOLERANCE = 2e-2
 FINAL_SHARE = 0.1
 _COMPARED = ("train/loss", "train/grad_norm")
 
