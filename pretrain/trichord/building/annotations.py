@@ -122,8 +122,9 @@ def annotation_file(source: Path, pattern: str) -> Path:
 
 def _objects(file: Path, name: str, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of list `name` in a JSON file; each must have the keys."""
+    expected = f"expected one JSON object with a list {name!r} of objects with {', '.join(keys)}"
     number = 0
-    for number, (_, value) in enumerate(json_elements(file, f"{name}.item"), start=1):
+    for number, value in enumerate(_elements(file, name, expected), start=1):
         missing = [key for key in keys if isinstance(value, BadRow) or key not in value]
         if isinstance(value, BadRow) or missing:
             raise DataError(f"{file}, {name} {number}: expected an object with {', '.join(keys)}; lacking {missing}")
@@ -134,7 +135,16 @@ def _objects(file: Path, name: str, keys: tuple[str, ...]) -> Iterator[tuple[str
             )
         yield f"{file}, {name} {number}", value
     if not number:
-        raise DataError(f"{file} has no list {name!r}; is it the right file?")
+        raise DataError(f"{file} has no list {name!r}; is it the right file? {expected.capitalize()}")
+
+
+def _elements(file: Path, name: str, expected: str) -> Iterator[dict[str, Any] | BadRow]:
+    try:
+        for _, value in json_elements(file, f"{name}.item"):
+            yield value
+    except DataError as error:
+        lines = "; JSON lines are read by --from table, or llava" if file.name.endswith((".jsonl", ".jsonl.gz")) else ""
+        raise DataError(f"{expected}, as COCO and VQA v2 are published{lines}; got: {error}") from error
 
 
 def _vqa_chat(

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trichord.building.columns import check_columns, tell_columns
 from trichord.building.media import CellPlace
 from trichord.building.rows import BadRow, BuildRow, CellPart
 from trichord.building.tabular import FIELD_COLUMNS, TableReading, row_members
@@ -68,12 +69,15 @@ def rows_from_arrow(files: list[Path], reading: TableReading) -> Iterator[BuildR
     for file in files:
         schema, batches = _open(file)
         features = _features(schema, file)
+        check_columns(reading, schema.names, str(file))
         own = replace(reading, columns={**_columns_by_type(features), **reading.columns})
         if not any(own.column(name, schema.names) in schema.names for name in FIELD_COLUMNS):
             raise DataError(
                 f"{file}: none of its columns ({', '.join(schema.names)}) is an image, a clip, a text or a chat; "
                 "say which one is: --column text=caption"
             )
+        if file == files[0]:
+            tell_columns(own, schema.names, str(file))
         for batch, in_batch, row in _rows(file, batches):
             number += 1
             origin = f"{file}, row {number}" if len(files) > 1 else f"{file}, row {in_batch[0]}"

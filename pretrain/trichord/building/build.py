@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from trichord.building.balance import cut, shuffled
 from trichord.building.partial import PLAN_FILE, partial_folder, refuse_taken
+from trichord.building.places import refuse_remote_out
 from trichord.building.processes import run_tasks
 from trichord.building.rows import BadRow, BuildRow, located
 from trichord.building.spool import SpoolWriter, write_order
@@ -127,9 +128,11 @@ def build(
         workers, ray: see `run_tasks`. on_progress: called with (samples in finished shards, samples in all).
 
     Raises:
-        ConfigError: shards of that prefix are there already, or the half-done build there is another one or is at work.
+        ConfigError: `out_dir` is a URL, shards of that prefix are there already, or the half-done build there is
+            another one or is at work.
         DataError: there is no row, a row is bad, or something cannot be read or written.
     """
+    refuse_remote_out(out_dir)
     out_dir = Path(out_dir)
     fields = fields or FieldsConfig()
     checked = fields.model_dump() if check_contents else None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from trichord.building.columns import watched
 from trichord.building.lines import MAX_LINE_BYTES, open_bytes, read_lines
 from trichord.building.media import text_bytes
 from trichord.building.rows import BadRow, BuildRow
 from trichord.building.table import numbered
 from trichord.building.tabular import TableReading
-from trichord.core.errors import DataError
+from trichord.core.errors import ConfigError, DataError
 from trichord.shards.config import FieldsConfig
 from trichord.shards.quarantine import BadSample
 
@@ -27,7 +28,7 @@ def rows_from_corpus(source: Path, documents: str, reading: TableReading) -> Ite
             `block` (lines up to a blank one). Lines of `.jsonl` are objects with a text, their other keys go into json.
 
     Raises:
-        DataError: there is no text file.
+        ConfigError: a column that was named is not there. DataError: there is no text file.
     """
     files = _text_files(source)
     lines = [file for file in files if file.name.endswith(JSON_ENDINGS)]
@@ -36,8 +37,11 @@ def rows_from_corpus(source: Path, documents: str, reading: TableReading) -> Ite
     if lines:
         from trichord.building.lines import json_lines
 
-        yield from numbered((row for file in lines for row in json_lines(file)), reading)
+        rows = watched((row for file in lines for row in json_lines(file)), reading, str(source))
+        yield from numbered(rows, reading)
         return
+    if reading.columns:
+        raise ConfigError(f"--column names a key of .jsonl; {source} holds plain text ({files[0].name})")
     cut = {"file": _whole_file, "line": _lines, "block": _blocks}[documents]
     number = 0
     for file in files:

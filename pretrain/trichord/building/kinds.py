@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trichord.building.places import refuse_remote_source
 from trichord.building.rows import BadRow, BuildRow
 from trichord.building.tabular import CHAT_KEYS, FIELD_COLUMNS, TableReading
 from trichord.core.errors import ConfigError, DataError
@@ -53,8 +54,9 @@ def source_rows(source: Path, kind: str, options: ConvertOptions, fields: Fields
     """The rows of a source. shuffled: they will be read in another order.
 
     Raises:
-        ConfigError: an option that the kind does not take, or a value it does not know.
+        ConfigError: a URL, an option that the kind does not take, or a value it does not know.
     """
+    refuse_remote_source(source)
     _check_options(kind, options)
     return KINDS[kind].rows(source, options, fields, shuffled)
 
@@ -78,6 +80,7 @@ def guess_kind(source: Path) -> str:
     Raises:
         DataError: there is no such path. ConfigError: it may be several; the message lists the kinds.
     """
+    refuse_remote_source(source)
     if not source.exists():
         raise DataError(f"no file or folder {source}; check the path")
     kind = _guess_folder(source) if source.is_dir() else _guess_file(source)
@@ -98,6 +101,8 @@ def _check_options(kind: str, options: ConvertOptions) -> None:
             raise ConfigError(f"--{name} says nothing about {KINDS[kind].is_}; --from {kind} takes {takes}")
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ConfigError(f"--{name} {value}: expected {', '.join(_CHOICES[name])}")
+    refuse_remote_source(options.media, "--media")
+    refuse_remote_source(options.annotations, "--annotations")
     unknown = [name for name in options.column if name not in FIELD_COLUMNS]
     if unknown:
         raise ConfigError(f"--column {unknown[0]}=...: expected one of {', '.join(FIELD_COLUMNS)} before the =")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
+import sys
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from trichord.shards.config import FieldsConfig
 from trichord.shards.quarantine import BadSample
 
 MAX_SHOWN = 60
+_WAVE_FLOAT = 3
 
 
 class CellPlace(NamedTuple):
@@ -31,28 +35,62 @@ def media_member(
     """(extension, content) of an image or clip.
 
     Args:
-        value: a file name, relative to `root` or absolute; the bytes; or `{"bytes": ..., "path": ...}` as Hugging Face
-            datasets hold them. kind: image or audio. place: where `value` stands, if bytes are to be read from there.
+        value: a file name, relative to `root` or absolute; the bytes; or `{"bytes": ..., "path": ...}`, of a clip also
+            `{"array": ..., "sampling_rate": ...}`, as Hugging Face datasets hold them. kind: image or audio. place:
+            where `value` stands, if bytes are to be read from there.
 
     Raises:
         BadSample: there is no such file, it lies outside of `root`, or its format is not one of `fields`.
     """
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
-        if data is None:
+        if data is None and value.get("array") is not None and kind == "audio":
+            _check_ext("wav", kind, fields, "an array of samples, which is kept as 32-bit float WAV,")
+            return "wav", wav_bytes(value["array"], value.get("sampling_rate"))
+        if data is not None:
+            return media_member(data, kind, root, fields, place and place._replace(steps=(*place.steps, "bytes")))
+        if path is not None:
             return media_member(path, kind, root, fields)
-        return media_member(data, kind, root, fields, place and place._replace(steps=(*place.steps, "bytes")))
     if isinstance(value, (bytes, bytearray)):
         ext = _sniffed(bytes(value), kind)
         _check_ext(ext, kind, fields, f"{len(value)} bytes that begin as {bytes(value[:4])!r}")
         return ext, bytes(value) if place is None else CellPart(*place, len(value))
     if not isinstance(value, str) or not value:
-        raise BadSample(f"expected a file name, got {shown(value)}")
+        raise BadSample(
+            f"expected a file name, or bytes, or an object with bytes or path (of a clip: array and sampling_rate); "
+            f"got {shown(value)}"
+        )
     if "://" in value:
         raise BadSample(f"{value} is an address; fetch the files first, for example by img2dataset")
     ext = Path(value).suffix[1:].lower()
     _check_ext(ext, kind, fields, repr(value))
     return ext, media_file(value, root)
+
+
+def wav_bytes(samples: Any, rate: Any) -> bytes:
+    """A WAV file of one channel in 32-bit floats, which hold 16-bit samples exactly; the same bytes every time.
+
+    Args:
+        samples: (frames,) numbers, of [-1, 1] where they are sound. rate: frames a second.
+
+    Raises:
+        BadSample: samples or rate are none.
+    """
+    if not isinstance(rate, int) or isinstance(rate, bool) or not 0 < rate < 2**31:
+        raise BadSample(f"sampling_rate: expected a whole number of frames a second, got {shown(rate)}")
+    try:
+        data = array("f", samples)
+    except (TypeError, OverflowError) as error:
+        raise BadSample(f"array: expected a list of numbers, one channel; got {shown(samples)}") from error
+    if not data or not all(map(math.isfinite, data)):
+        raise BadSample("array: expected at least one frame, all of them finite")
+    if sys.byteorder == "big":
+        data.byteswap()
+    size = 4 * len(data)
+    form = struct.pack("<4sIHHIIHHH", b"fmt ", 18, _WAVE_FLOAT, 1, rate, 4 * rate, 4, 32, 0)
+    fact = struct.pack("<4sII", b"fact", 4, len(data))
+    head = struct.pack("<4sI4s", b"RIFF", 4 + len(form) + len(fact) + 8 + size, b"WAVE")
+    return head + form + fact + struct.pack("<4sI", b"data", size) + data.tobytes()
 
 
 def media_file(name: str, root: Path) -> Path:
@@ -69,6 +107,8 @@ def is_empty(value: Any) -> bool:
     """Whether a cell holds nothing."""
     if isinstance(value, Mapping) and {*value} <= {"bytes", "path"}:
         return not any(value.values())
+    if isinstance(value, Mapping) and "sampling_rate" in value:
+        return not any(value.get(name) for name in ("array", "bytes", "path"))
     return value is None or value in ("", [])
 
 

@@ -67,7 +67,7 @@ def stopped_words(out_dir: Path, prefix: str) -> str:
     try:
         shards = len(json.loads((folder / PLAN_FILE).read_text())["shards"])
     except (OSError, ValueError, LookupError):
-        return f"stopped; there is no list of samples in {out_dir} yet, or all is there; the same command begins anew"
+        return f"stopped; {out_dir} holds no half-done build of that prefix; the same command begins anew"
     done = len(list(folder.glob("[0-9]*.json")))
     return f"stopped; {done} of {shards} shards are there (in {folder}); the same command goes on"
 

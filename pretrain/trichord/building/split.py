@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from trichord.shards.storage import open_shard, shard_identity
 _log = get_logger(__name__)
 SOURCES_FILE = "sources.yaml"
 MAX_GROUPS = 10_000
+_MAX_NAMED = 20
 _MAX_JSON_BYTES = 64 * 2**20
 GroupOf = Callable[[str, Mapping[str, Any]], str]
 """(key, json member) -> name of the group. Raises BadSample where it has none."""
@@ -36,7 +38,7 @@ def by_value(key: str) -> GroupOf:
 
     def group_of(sample_key: str, meta: Mapping[str, Any]) -> str:
         value = _looked_up(meta, key)
-        name = "" if value is None or isinstance(value, (list, dict, float)) else group_name(str(value))
+        name = "" if isinstance(value, (list, dict, float)) else group_name(str(value))
         if not name:
             raise BadSample(f"json key {key} is {shown(value)}; expected a name or a whole number to split by")
         return name
@@ -63,8 +65,6 @@ def by_fractions(fractions: Mapping[str, float], key: str | None = None) -> Grou
 
     def group_of(sample_key: str, meta: Mapping[str, Any]) -> str:
         value = sample_key if key is None else _looked_up(meta, key)
-        if value is None:
-            raise BadSample(f"no json key {key} to group by")
         digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "little") / 2**64
         for name, fraction in fractions.items():
@@ -158,10 +158,24 @@ def _parsed(meta: bytes) -> Mapping[str, Any]:
 
 
 def _looked_up(meta: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key. Raises BadSample where there is none, with the keys that there are."""
     value: Any = meta
+    path = ""
     for step in key.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
+        where = f"{path.rstrip('.')} of its json" if path else "its json"
+        if not isinstance(value, Mapping) or not value:
+            raise BadSample(f"no json key {key}: {where} holds no keys")
+        if step not in value:
+            raise BadSample(f"no json key {key}; the keys in {where} are {_some(value)}")
+        value, path = value[step], f"{path}{step}."
+    if value is None:
+        raise BadSample(f"json key {key} is null; expected a value")
     return value
+
+
+def _some(keys: Mapping[str, Any]) -> str:
+    named = ", ".join(itertools.islice(map(str, keys), _MAX_NAMED))
+    return named + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
 
 
 def _overlay(result: BuildResult, out_dir: Path, prefix: str) -> str:

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from trichord.building.columns import Origin, check_columns, tell_columns, watched
 from trichord.building.lines import MAX_LINE_BYTES, json_elements, json_lines
 from trichord.building.rows import BadRow, BuildRow
 from trichord.building.tabular import CHAT_KEYS, FIELD_COLUMNS, TableReading, row_members
@@ -15,7 +15,6 @@ from trichord.core.errors import DataError
 from trichord.shards.quarantine import BadSample
 
 TABLE_ENDINGS = (".csv", ".jsonl", ".jsonl.gz", ".parquet")
-Origin = tuple[str, "dict[str, Any] | BadRow"]
 
 
 def rows_from_table(path: Path, reading: TableReading) -> Iterator[BuildRow | BadRow]:
@@ -26,7 +25,8 @@ def rows_from_table(path: Path, reading: TableReading) -> Iterator[BuildRow | Ba
     into the `json` member.
 
     Raises:
-        DataError: the table cannot be read. A wrong row is a BadRow that names line and column.
+        ConfigError: a column that was named is not there. DataError: the table cannot be read. A wrong row is a BadRow
+            that names line and column.
     """
     if not path.name.endswith(TABLE_ENDINGS):
         raise DataError(f"{path}: a table ends in {', '.join(TABLE_ENDINGS)}; got {path.suffix or 'no ending'!r}")
@@ -37,7 +37,8 @@ def rows_from_table(path: Path, reading: TableReading) -> Iterator[BuildRow | Ba
 
         yield from rows_from_arrow([path], reading)
     else:
-        yield from numbered(_csv_rows(path, reading) if path.suffix == ".csv" else json_lines(path), reading)
+        lines = watched(json_lines(path), reading, str(path)) if path.suffix != ".csv" else _csv_rows(path, reading)
+        yield from numbered(lines, reading)
 
 
 def rows_from_chats(path: Path, reading: TableReading) -> Iterator[BuildRow | BadRow]:
@@ -45,7 +46,8 @@ def rows_from_chats(path: Path, reading: TableReading) -> Iterator[BuildRow | Ba
     if not path.is_file():
         raise DataError(f"no file {path}; expected a .json list or .jsonl of conversations")
     lines = path.name.endswith((".jsonl", ".jsonl.gz"))
-    yield from numbered(_with_chat(json_lines(path) if lines else json_elements(path), reading), reading)
+    rows = watched(json_lines(path) if lines else json_elements(path), reading, str(path))
+    yield from numbered(_with_chat(rows, reading), reading)
 
 
 def numbered(rows: Iterable[Origin], reading: TableReading) -> Iterator[BuildRow | BadRow]:
@@ -64,7 +66,8 @@ def numbered(rows: Iterable[Origin], reading: TableReading) -> Iterator[BuildRow
 def _with_chat(rows: Iterable[Origin], reading: TableReading) -> Iterator[Origin]:
     for origin, row in rows:
         if isinstance(row, dict) and reading.column("messages", row) not in row:
-            row = BadRow(origin, f"no {' or '.join(CHAT_KEYS)}; got {', '.join(row) or 'nothing'}")
+            wanted = reading.columns.get("messages") or " or ".join(CHAT_KEYS)
+            row = BadRow(origin, f"no {wanted}; got {', '.join(row) or 'nothing'}")
         yield origin, row
 
 
@@ -73,11 +76,14 @@ def _csv_rows(table: Path, reading: TableReading) -> Iterator[Origin]:
     with table.open(newline="", encoding="utf-8-sig") as file, _said_of(table):
         reader = csv.DictReader(file)
         header = reader.fieldnames or ()
+        if header:
+            check_columns(reading, header, f"{table}, line 1")
         if not any(reading.column(name, header) in header for name in FIELD_COLUMNS):
             raise DataError(
                 f"{table}, line 1: expected a header with at least one of the columns image, audio, text (or name "
                 f"yours: --column text=caption); got {', '.join(header) or 'nothing'}"
             )
+        tell_columns(reading, header, str(table))
         for row in reader:
             origin = f"{table}, line {reader.line_num}"
             if None in row or None in row.values():

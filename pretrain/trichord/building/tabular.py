@@ -62,7 +62,7 @@ def row_members(
         if column and not is_empty(value):
             values[name] = (column, value)
     if not values:
-        raise BadSample("neither image nor audio nor text; fill one or delete the row")
+        raise BadSample(f"neither image nor audio nor text{_absent(row, reading)}; fill one or delete the row")
     media = {kind: _media(kind, values[kind], reading, place) for kind in ("image", "audio") if kind in values}
     images, clips = media.get("image", []), media.get("audio", [])
     _, text = values.get("text", ("", None))
@@ -87,6 +87,12 @@ def row_members(
     if rest:
         members[reading.fields.meta[0]] = json_bytes(rest)
     return members
+
+
+def _absent(row: Mapping[str, Any], reading: TableReading) -> str:
+    """The columns that were named and the row has not."""
+    absent = [column for column in reading.columns.values() if column not in row]
+    return f": no column {', '.join(absent)} among {', '.join(map(str, row)) or 'none'}" if absent else ""
 
 
 def _media(

@@ -145,7 +145,8 @@ def _contents(row: BuildRow, kinds: Mapping[str, Kind]) -> dict[str, bytes]:
         size = measure(kind, io.BytesIO(data), len(data)) if kind else None
         if isinstance(size, str):
             name = part.path if isinstance(part, FilePart) else f"{row.key}.{ext}"
-            raise BadSample(f"{name}: {size}")
+            told = isinstance(part, FilePart) and Path(part.path).match(row.origin) if row.origin else False
+            raise BadSample(size if told else f"{name}: {size}")
     return members
 
 

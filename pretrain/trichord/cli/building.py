@@ -100,10 +100,12 @@ def data_build(
     from trichord.building.build import Layout, build
     from trichord.building.kinds import ConvertOptions, guess_kind, source_identity, source_rows
     from trichord.building.partial import stopped_words
+    from trichord.building.places import refuse_remote_out
     from trichord.core.log import configure_logging
     from trichord.shards.config import FieldsConfig
 
     configure_logging()
+    refuse_remote_out(out)
     options = ConvertOptions(
         media=media,
         column=_pairs(column or [], "--column text=caption"),
@@ -156,6 +158,7 @@ def data_split(
     """Copy samples to shards per class, or to training and held-out shards; with an overlay for run configs."""
     from trichord.building.build import Layout
     from trichord.building.partial import stopped_words
+    from trichord.building.places import refuse_remote_out
     from trichord.building.split import SOURCES_FILE, by_fractions, by_value, split_shards
     from trichord.core.log import configure_logging
     from trichord.shards.arguments import argument_shards
@@ -166,6 +169,7 @@ def data_split(
     if group is not None and fractions is None:
         raise ConfigError("--group is for --fractions; --by KEY keeps equal values together already")
     configure_logging()
+    refuse_remote_out(out)
     group_of = by_value(by) if by is not None else by_fractions(_shares(fractions or ""), group)
     urls = expand_shards(argument_shards(shards))
     with stoppable(lambda: stopped_words(out, prefix)), advancing("split") as advance:

@@ -17,7 +17,7 @@ _SAME_STOP_S = 5.0
 """Signals that follow each other faster are one wish to stop: Ctrl-C and `timeout` reach a process more than once."""
 
 
-class Stopped(TrichordError):
+class Stopped(TrichordError):  # noqa: N818  no error
     """The command was stopped by a signal; the message says what is there, the exit code is a shell's: 128 + signal."""
 
     def __init__(self, words: str, number: int):

@@ -349,6 +349,13 @@ def test_wrong_chats_are_named_or_left_out(world, name):
 WRONG_FILES = {
     "cut list": ("llava", "x.json", '[{"conversations": [', r"x\.json: not JSON after 0 elements"),
     "cut gzip": ("text", "x.jsonl.gz", b"\x1f\x8b\x08\x00abc", r"cannot read .*x\.jsonl\.gz"),
+    "lines for coco": (
+        "coco",
+        "x.jsonl",
+        '{"text": "a"}\n{"text": "b"}\n',
+        r"expected one JSON object with a list 'images' of .*file_name, as COCO .*published; JSON lines are read by "
+        r"--from table, or llava; got: .*x\.jsonl: not JSON after 0",
+    ),
     "no captions": (
         "coco",
         "captions_x.json",

@@ -64,7 +64,7 @@ def test_the_bytes_are_those_of_webdataset(source, tmp_path):
     assert Path(path).read_bytes() == stream.getvalue()
 
 
-def test_a_build_that_is_killed_goes_on_with_its_finished_shards(source, tmp_path):
+def test_a_build_that_is_stopped_and_killed_goes_on_with_its_finished_shards(source, tmp_path):
     command = [
         *[
             "data",
@@ -83,13 +83,17 @@ def test_a_build_that_is_killed_goes_on_with_its_finished_shards(source, tmp_pat
         "out",
     ]
     code = f"import sys; from trichord.cli import main; sys.exit(main({command!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
     partial = tmp_path / "out" / ".shard.partial"
-    deadline = time.monotonic() + 60
-    while len(list(partial.glob("0*.json"))) < 3:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = _run_until(partial, 3, code, tmp_path)
+    workers = _children(process.pid)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.fullmatch(
+        rf"stopped; \d+ of {SAMPLES} shards are there \(in out/\.shard\.partial\); the same command goes on\n", said
+    )
+    _wait_until_gone(workers)
+    process = _run_until(partial, len(list(partial.glob("0*.json"))) + 3, code, tmp_path)
     workers = _children(process.pid)
     process.kill()
     process.wait()
@@ -105,6 +109,17 @@ def test_a_build_that_is_killed_goes_on_with_its_finished_shards(source, tmp_pat
     build(rows(source), tmp_path / "undisturbed", layout)
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
     assert problems(sorted((tmp_path / "out").glob("*.tar"))) == [None] * SAMPLES
+
+
+def _run_until(partial: Path, shards: int, code: str, folder: Path) -> subprocess.Popen:
+    """A build, in a session of its own, that has finished so many shards and goes on."""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("0*.json"))) < shards:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
 
 
 def test_workers_die_with_their_parent_in_the_middle_of_a_shard():

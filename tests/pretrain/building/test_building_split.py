@@ -82,10 +82,11 @@ def test_a_split_is_the_same_again_and_by_more_workers(shards, tmp_path):
 def test_samples_without_the_key_stop_the_split_or_are_left_out(shards, tmp_path):
     rows = [BuildRow("odd", {"txt": b"x"}), BuildRow("list", {"json": b'{"licence": {"id": [1]}}'})]
     odd = build_shards(rows, tmp_path / "odd")
-    with pytest.raises(
-        DataError, match=r"sample 'odd': json key licence\.id is None; expected a name or a whole number"
-    ):
+    with pytest.raises(DataError, match=r"sample 'odd': no json key licence\.id: its json holds no keys"):
         divide([*shards, *odd], tmp_path / "out", by_value("licence.id"))
+    for group_of in (by_value("licence.name"), by_fractions({"a": 0.5, "b": 0.5}, "licence.name")):
+        with pytest.raises(DataError, match=r"no json key licence\.name; the keys in licence of its json are id$"):
+            divide(shards, tmp_path / "out", group_of)
     result = divide([*shards, *odd], tmp_path / "out", by_value("licence.id"), on_bad="skip")
     assert (result.samples, len(result.left_out)) == (300, 2)
 

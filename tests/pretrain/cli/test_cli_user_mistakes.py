@@ -70,6 +70,7 @@ def drop_checkpoints(world: Path) -> None:
 
 
 OVERLAY = "engine:\n  rl: 3\n"
+NO_SHARDS = "train c.yaml shards.sources.0.shards=none/*.tar"  # a mistake that is told before shards are looked for
 
 COMMAND_LINE = [
     Mistake("no verb", "", USAGE, "Usage: trichord"),
@@ -109,28 +110,29 @@ CONFIG = [
     Mistake("stage 0 with bf16", "train c.yaml engine.precision=bf16", USAGE, "use zero_stage 1"),
     Mistake("remote run root", "train c.yaml run.root=s3://b/r", USAGE, "must be a folder on a mounted"),
     Mistake("run root is a file", "train c.yaml run.root=file", USAGE, "cannot be written", put("file", "")),
+    Mistake("overlay that is checked", "config check c.yaml engine.deepspeed.bf61=1", USAGE, "nearest: bf16"),
     Mistake("no such example", "config new a --like runs/none.yaml", USAGE, "no shipped config of that name"),
     Mistake("bad run name", "config new a/b", USAGE, "run.name: expected text matching"),
     Mistake("config exists", "config new c", USAGE, "c.yaml exists"),
     Mistake("bad rank", "train c.yaml", USAGE, "RANK must be an integer", environment=(("RANK", "first"),)),
 ]
 MODEL = [
-    Mistake("no tokenizer", "train c.yaml batches.tokenizer=tk", USAGE, "tk"),
+    Mistake("no tokenizer", f"{NO_SHARDS} batches.tokenizer=tk", USAGE, "tk"),
     Mistake("unknown model name", "train c.yaml encoders.vision.name=vit_tini", USAGE, "'vit_tini' is no timm model"),
     Mistake("pictures of no whole patches", "train c.yaml samples.image.size=20", USAGE, "set it to 16 or 24"),
     Mistake("bad model option", "train c.yaml encoders.vision.options.num_heads=3", USAGE, "timm cannot build"),
     Mistake(
-        "DeepSpeed overlay conflict", "train c.yaml engine.deepspeed.gradient_clipping=7", USAGE, "gradient_clipping"
+        "DeepSpeed overlay conflict", f"{NO_SHARDS} engine.deepspeed.gradient_clipping=7", USAGE, "engine.max_grad_norm"
     ),
     Mistake(
         "DeepSpeed key that is none",
-        "train c.yaml engine.deepspeed.zero_optimization.bogus=1",
+        f"{NO_SHARDS} engine.deepspeed.zero_optimization.overlap_com=true",
         USAGE,
-        "engine.deepspeed.zero_optimization.bogus: DeepSpeed says",
+        "nearest: overlap_comm",
     ),
     Mistake(
         "no fp16 on a CPU",
-        "train c.yaml engine.zero_stage=1 engine.precision=fp16",
+        f"{NO_SHARDS} engine.zero_stage=1 engine.precision=fp16",
         USAGE,
         "fp16 does not run on this device",
         environment=(("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")),
@@ -142,7 +144,8 @@ MODEL = [
         "no GPU here",
         environment=(("CUDA_VISIBLE_DEVICES", ""),),
     ),
-    Mistake("init_from nowhere", "train c.yaml run.init_from=nowhere", USAGE, "nothing is at 'nowhere'"),
+    Mistake("init_from nowhere", f"{NO_SHARDS} run.init_from=nowhere", USAGE, "nothing is at 'nowhere'"),
+    Mistake("mirror nowhere", f"{NO_SHARDS} checkpoints.mirror=foo://x", USAGE, "checkpoints.mirror: checkpoints at"),
 ]
 DATASET = [
     Mistake("no such shards", "train c.yaml shards.sources.0.shards=s/*.tar", DATA, "no shard matches 's/*.tar'"),
@@ -203,7 +206,7 @@ DATASET = [
     ),
     Mistake("tokenizer exists", "data tokenizer c.yaml --out tok", USAGE, "already holds a tokenizer.json"),
     Mistake("vocabulary too small", "data tokenizer c.yaml --out t --vocab-size 9", USAGE, "at least"),
-    Mistake("no such text", "data tokenizer gone.txt --out t", DATA, "expected a UTF-8 text file"),
+    Mistake("no such text", "data tokenizer gone.txt --out t", DATA, "gone.txt: no such file"),
     Mistake("text file is empty", "data tokenizer none.txt --out t", USAGE, "no text", put("none.txt", "")),
 ]
 FINISHED = [
@@ -244,6 +247,7 @@ def check(mistake: Mistake, world: Path, tmp_path: Path) -> None:
     mistake.spoil(folder)
     ended = in_a_fork(mistake.arguments.split(), folder, dict(mistake.environment), limit_s=30)
     assert "Traceback" not in ended.stderr, ended.stderr
+    assert "leaving without saving" not in ended.stderr, "the same is told twice"
     assert mistake.words in ended.stderr
     assert ended.code == mistake.code, ended.stderr
     if not ended.stderr.startswith("Usage:"):
