@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: its progress, and what it measures, a line of metrics every few steps.
+"""What a run writes down while it goes: what it measures, a line of metrics every few steps.
 
 Between two lines nothing is read from the device and no collective is made: host numbers are added up here, losses by
 source on the device. At a line, one all-reduce carries everything that is known to a rank alone.
@@ -9,17 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from trichord.batches.loader import StepBatch, StepStats
-from trichord.checkpoints.load import LoadedState
-from trichord.config.identity import RunFolder, run_path
+from trichord.batches.loader import LoaderState, StepBatch
+from trichord.config.identity import RunFolder
 from trichord.config.run import RunConfig
-from trichord.core.errors import DataError
 from trichord.core.log import get_logger
 from trichord.engine.label_losses import KINDS, loss_names
 from trichord.engine.param_groups import rates_of_rooms
@@ -30,7 +27,8 @@ from trichord.engine.wire import MIB, wire_meter
 from trichord.engine.work import WorkMeter
 from trichord.fusion.model import Trichord
 from trichord.objectives.combine import total_loss
-from trichord.shards.quarantine import QuarantineLog, QuarantineRecord, check_bad_fraction
+from trichord.progress import Progress
+from trichord.shards.quarantine import QuarantineLog, QuarantineRecord
 from trichord.shards.shares import target_shares
 from trichord.tracking.data_record import DataRecord
 from trichord.tracking.peak import number_of, peak_flops_per_s
@@ -39,8 +37,6 @@ from trichord.tracking.recorder import Recorder, Window
 
 log = get_logger(__name__)
 
-MAX_EMPTY_STEPS = 10
-MAX_SUSPECTS = 64
 # Metric -> parts of the step as `StepClock` names them.
 _TIMES = {
     "data/wait_ms": ("data wait",),
@@ -50,87 +46,6 @@ _TIMES = {
     "speed/update_ms": ("update",),
     "speed/save_ms": ("save",),
 }
-
-
-@dataclass
-class Progress:
-    """Where the run stands: equal on all ranks, part of every checkpoint."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    samples_seen: int = 0
-    bad_samples: int = 0
-    filtered_samples: int = 0
-    skipped_in_a_row: int = 0
-    empty_in_a_row: int = 0
-    rewinds: int = 0
-    rewound_to: int | None = None  # until a step is finite again
-
-    @classmethod
-    def after(cls, resumed: LoadedState | None) -> Progress:
-        return cls(**resumed.train_state["progress"]) if resumed is not None else cls()
-
-    def advance(self, result: StepResult) -> None:
-        self.step += 1
-        self.tokens_seen += int(result.counts["useful_tokens"])
-        self.samples_seen += int(result.counts["samples"])
-        self.bad_samples += int(result.counts["bad_samples"])
-        self.filtered_samples += int(result.counts["filtered"])
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        self.rewound_to = self.rewound_to if result.skipped else None
-        self.empty_in_a_row = 0 if result.counts["samples"] else self.empty_in_a_row + 1
-
-    @property
-    def is_finite(self) -> bool:
-        """The last step was, with the weights that the run now has."""
-        return not self.skipped_in_a_row and self.rewound_to is None
-
-    def check(self, config: RunConfig, batch: StepBatch, result: StepResult, recorder: Recorder) -> None:
-        """Stop the run when too much data is bad or none is left, and say which step was not finite; the same on all
-        ranks."""
-        check_bad_fraction(self.bad_samples, self.samples_seen + self.bad_samples, config.shards, batch.stats.records)
-        if self.empty_in_a_row >= MAX_EMPTY_STEPS:
-            raise DataError(
-                f"the last {self.empty_in_a_row} steps held not one sample; so far {self.samples_seen} were used, "
-                f"filters left out {self.filtered_samples}, {self.bad_samples} were bad; `trichord data preview` "
-                "says why; or, where all sources have `epochs`, these are used up: lower run.max_steps"
-            )
-        if self.skipped_in_a_row:
-            suspects = suspects_of(result, batch)
-            if dist.get_rank() == 0:
-                log.warning(
-                    "step %d is skipped, its loss or gradient is not finite%s; its samples: `trichord provenance %s "
-                    "--step %d`",
-                    *(self.step, told_ranks(suspects["ranks_with_bad_loss"]), run_path(config), self.step),
-                )
-            recorder.event("skipped_step", self.step, **suspects)
-
-    def went_back(self, step: int) -> None:
-        """To the weights of a checkpoint, see `train.rewind`."""
-        self.rewinds, self.rewound_to, self.skipped_in_a_row = self.rewinds + 1, step, 0
-
-
-def suspects_of(result: StepResult, batch: StepBatch) -> dict[str, Any]:
-    """Which ranks' own loss was not finite in a skipped step, and the samples they had; where it was finite on all,
-    only the gradient was not, and samples of all ranks are named. Called on every rank; reads the device.
-
-    Samples are (source number, epoch, number in the source), as in `PackedBatch.sample_ids`; at most 64 in all.
-    """
-    finite = all(bool(torch.isfinite(loss)) for loss in result.losses.values())
-    ids = [tuple(sample) for micro in batch.micro_batches for sample in micro.sample_ids.tolist()]
-    found = gather_lists([(dist.get_rank(), finite, ids[: MAX_SUSPECTS if not finite else 4])])
-    bad = [part for part in found if not part[1]]
-    return {
-        "ranks_with_bad_loss": [rank for rank, _, _ in bad],
-        # Ranks that share rows have the same ones.
-        "samples": [list(sample) for sample in dict.fromkeys(s for *_, samples in bad or found for s in samples)][
-            :MAX_SUSPECTS
-        ],
-    }
-
-
-def told_ranks(ranks: list[int]) -> str:
-    return f" (the loss was not on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))})" if ranks else ""
 
 
 class Recording:
@@ -144,8 +59,9 @@ class Recording:
         folder: RunFolder,
         step: int,
         model: Trichord,
+        past: LoaderState | None = None,
     ) -> None:
-        """step: steps taken so far."""
+        """step: steps taken so far; past: where the data stood then, None at the start."""
         self.config = config
         self.every = config.tracking.log_every_steps
         self.names = [source.name for source in config.shards.sources]
@@ -162,6 +78,8 @@ class Recording:
         self._label_sums = torch.zeros(len(self.names), len(KINDS), 2, dtype=torch.float64, device=self.device)
         self._peak = _peak_flops_per_s(config, self.device)
         self._told: set[str] = set()
+        lanes = [float(config.batches.num_lanes)] * len(self.names) if past is None else self._lanes_left(past)
+        self._used_up = {name for name, left in zip(self.names, lanes) if not left}
         self.profiler = StepProfiler(
             config.tracking.profile, folder.path / "profile", rank=dist.get_rank(), attempt=folder.attempt
         )
@@ -215,7 +133,7 @@ class Recording:
         self.data.add(samples_per_source=stats.samples_per_source, samples_per_shard=per_shard, filtered=stats.filtered)
         self.recorder.advance(progress.step)
         if progress.step % self.every == 0:
-            self._log(progress, result, batch.stats, lr)
+            self._log(progress, result, batch, lr)
 
     def checkpoint(self, step: int) -> None:
         """Bring `data.json` up to the checkpoint that is being saved; called on every rank."""
@@ -228,36 +146,59 @@ class Recording:
                 )
             self._told |= unseen
 
-    def _log(self, progress: Progress, result: StepResult, stats: StepStats, lr: float) -> None:
+    def _log(self, progress: Progress, result: StepResult, batch: StepBatch, lr: float) -> None:
         names = sorted(result.losses)
         own = [
-            torch.stack([result.losses[name].double() for name in names]),
+            *(result.losses[name].double().reshape(1) for name in names),
             torch.tensor([self.window.sums.get(f"source/{name}", 0.0) for name in self.names], dtype=torch.float64),
             torch.tensor(self.work.read(), dtype=torch.float64),
             self._label_sums.flatten(),
-            rank_columns(stats, self.device).flatten(),
+            rank_columns(batch.stats, self.device).flatten(),
+            torch.tensor(self._lanes_left(batch.state), dtype=torch.float64),
         ]
         sums = torch.cat([part.to(self.device) for part in own])
         dist.all_reduce(sums)
-        losses, draws, work, labels, columns = sums.cpu().split([len(part) for part in own])  # the one read of a line
+        *losses, draws, work, labels, columns, left = sums.cpu().split(
+            [len(part) for part in own]
+        )  # the line's one read
         seconds, steps = self.window.seconds, self.window.steps
-        found = dict(zip(names, losses.tolist()))
-        line = {f"train/loss/{name}": value for name, value in found.items()}
-        line["train/loss"] = total_loss(self.config.objectives, found)
+        line = self._losses(result, {name: float(loss) for name, loss in zip(names, losses)})
         line |= loss_names(labels.view(self._label_sums.shape), self.names)
-        line |= self._state(progress, result, lr)
+        line |= self._state(progress, lr)
         line |= self._speed(seconds, *work.tolist()) | self._times(seconds, steps) | _wire(steps)
         line |= self._mix(progress.step, draws.tolist())
         line |= figures_of_ranks(columns)
         self.recorder.metrics(progress.step, line)
+        self._tell_used_up(progress.step, left.tolist())
         self.window = Window()
         self._label_sums.zero_()
 
-    def _state(self, progress: Progress, result: StepResult, lr: float) -> dict[str, float]:
+    def _losses(self, result: StepResult, found: dict[str, float]) -> dict[str, float]:
+        """Of the step; none where it had no sample."""
+        if result.is_empty:
+            return {}
+        line = {f"train/loss/{name}": value for name, value in found.items()}
+        return line | {"train/loss": total_loss(self.config.objectives, found), "train/grad_norm": result.grad_norm}
+
+    def _lanes_left(self, state: LoaderState) -> list[float]:
+        """Of each source: the lanes of this state in which it still comes."""
+        sources = self.config.shards.sources
+        return [float(state.lanes_with(number, source.epochs)) for number, source in enumerate(sources)]
+
+    def _tell_used_up(self, step: int, lanes: list[float]) -> None:
+        for source, left in zip(self.config.shards.sources, lanes):
+            if left or source.name in self._used_up:
+                continue
+            self._used_up.add(source.name)
+            self.recorder.event("source_used_up", step, source=source.name, epochs=source.epochs)
+            if dist.get_rank() == 0:
+                times = "1 epoch" if source.epochs == 1 else f"{source.epochs} epochs"
+                log.info("source %s is used up after %s, at step %d", source.name, times, step)
+
+    def _state(self, progress: Progress, lr: float) -> dict[str, float]:
         config, total = self.config, self.config.run.max_steps or 0
         rooms = rates_of_rooms(config.engine, progress.step - 1, total)
         return {
-            "train/grad_norm": result.grad_norm,
             "train/lr": lr,
             **{f"train/lr/{room}": rate for room, rate in rooms.items()},
             "train/tokens_seen": progress.tokens_seen,

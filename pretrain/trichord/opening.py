@@ -139,3 +139,8 @@ def opening_line(
     if resumed is not None:
         return f"{where}: going on from {resumed.folder.name}, to step {total_steps}"
     return f"{where}: a new run of {total_steps} steps"
+    if resumed is not None and resumed.loader.exhausted and step < total_steps:
+        return (
+            f"{where}: all sources are used up since step {step}, nothing to do; more epochs are a new run, from these "
+            "weights by run.init_from"
+        )

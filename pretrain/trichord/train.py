@@ -27,7 +27,7 @@ from trichord.checkpoints.load import load_into
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, TrichordError
+from trichord.core.errors import EXIT_DONE, TrichordError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
@@ -40,12 +40,13 @@ from trichord.engine.step import restart_loss_scale
 from trichord.engine.together import decide_on_rank_0
 from trichord.engine.watch import StopFlag
 from trichord.evaluate import OnTheWay
-from trichord.journal import Progress, Recording
+from trichord.journal import Recording
 from trichord.opening import fix_length, make_sidecars, open_run, opening_line
+from trichord.progress import Progress
 from trichord.restore import TOKENIZER_FOLDER, build_from_config, training_lengths, whole_to_rewind
 from trichord.tracking.metrics import append_event
 from trichord.tracking.recorder import Recorder
-from trichord.verdict import Verdict
+from trichord.verdict import Ending, Verdict, ending_of
 
 log = get_logger(__name__)
 
@@ -127,17 +128,17 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recorder = verdict.recorder = build_recorder(config, folder, resumed, facts.rank == 0)
     recorder.event("start", progress.step, kind_of_start=folder.kind, world_size=facts.world_size)
     log.info("%s", opening_line(folder, resumed, progress.step, total_steps, facts.world_size, sharing))
-    recording = Recording(config, recorder, stepper, folder, progress.step, model)
+    recording = Recording(config, recorder, stepper, folder, progress.step, model, resumed.loader if resumed else None)
     on_the_way = OnTheWay(config, engine, tokenizer, device, recorder, recording, folder)
     if folder.kind == "fresh":
         recording.damaged(loader.damage_records)
     if facts.rank == 0:
         tokenizer.save(folder.path / TOKENIZER_FOLDER)  # a checkpoint stays usable when the data has gone
-    stopping = progress.step >= total_steps
+    ending = ending_of(progress.step, total_steps, used_up=resumed is not None and resumed.loader.exhausted)
     steps = move_ahead(iter(loader), device)
     save_due = False
     watch.arm()
-    while not stopping:
+    while ending is None:
         recording.begin(progress.step)
         batch: StepBatch = next(steps)
         lr = set_rates(engine, config.engine, progress.step, total_steps)
@@ -149,12 +150,13 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         if progress.skipped_in_a_row >= config.engine.max_bad_steps:
             with recording.aside("rewind"):
                 rewind(config, engine, progress, saver, recorder)
-        stopping = result.counts["stop"] > 0 or progress.step >= total_steps
-        on_the_way.after(progress.step, batch, stopped=result.counts["stop"] > 0)
+        asked = (stop.name or "a signal on another rank") if result.counts["stop"] > 0 else None
+        ending = ending_of(progress.step, total_steps, used_up=not result.counts["open_lanes"], signal_name=asked)
+        on_the_way.after(progress.step, batch, stopped=asked is not None)
         # Not among skipped steps: a rewind must get away from their weights, and older ones would be removed for them;
         # nor right behind a rewind: that would be the checkpoint it took once more.
         save_due = save_due or progress.step % config.checkpoints.save_every_steps == 0
-        if stopping or (save_due and progress.is_finite):
+        if ending is not None or (save_due and progress.is_finite):
             save_due = False
             stepper.clock.enter("save")
             recording.checkpoint(progress.step)  # first: the save may take the last room on the disk
@@ -165,20 +167,18 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     recording.close(progress.step)
     saved = saver.finish()
     record_saves(saver, recorder)
-    finished = progress.step >= total_steps
-    code = EXIT_DONE if finished else EXIT_STOPPED
-    recorder.event("end", progress.step, finished=finished, checkpoint_saved=saved, signal=stop.name)
+    recorder.event("end", progress.step, checkpoint_saved=saved, **asdict(ending))
     watch.stop()
-    recorder.close(code)
+    recorder.close(ending.code)
     steps.close()
     loader.close()
-    verdict.ended(finished, saved, stop.name)
+    verdict.ended(ending, saved)
     if resumed is None or progress.step > resumed.step:  # else the opening line has said it
-        log.info("%s", closing_line(finished, progress.step, stop.name))
+        log.info("%s", closing_line(ending, progress.step))
     dist.barrier()
     dist.destroy_process_group()
     finish_mirror(saver, folder)
-    return code
+    return ending.code
 
 
 def rewind(config: RunConfig, engine: Any, progress: Progress, saver: CheckpointSaver, recorder: Recorder) -> None:
@@ -230,10 +230,10 @@ def finish_mirror(saver: CheckpointSaver, folder: RunFolder) -> None:
         append_event(folder.path, "mirror", attempt=folder.attempt, **copied)
 
 
-def closing_line(finished: bool, step: int, signal_name: str) -> str:
-    if finished:
-        return f"finished at step {step}"
-    return f"stopped at step {step} by {signal_name}, with a checkpoint; run the same command to go on"
+def closing_line(ending: Ending, step: int) -> str:
+    if ending.finished:
+        return f"finished at step {step}: {ending.reason}"
+    return f"stopped at step {step} by {ending.signal}, with a checkpoint; run the same command to go on"
 
 
 def local_counts(batch: StepBatch, stop: StopFlag) -> dict[str, float]:
@@ -242,6 +242,7 @@ def local_counts(batch: StepBatch, stop: StopFlag) -> dict[str, float]:
         "samples": batch.stats.samples,
         "bad_samples": batch.stats.bad_samples,
         "filtered": sum(batch.stats.filtered.values()),
+        "open_lanes": batch.state.open_lanes,
         "stop": float(stop.is_set),
     }
 

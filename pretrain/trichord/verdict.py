@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,32 @@ log = get_logger(__name__)
 LOCK_FILE = ".train.lock"
 FAULT_FILE = "fault.json"
 RESERVE_BYTES = 32768
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run came to its end, in the order of its event. signal: name of the one it was stopped by."""
+
+    finished: bool
+    reason: str
+    signal: str | None
+
+    @property
+    def code(self) -> int:
+        return EXIT_DONE if self.finished else EXIT_STOPPED
+
+
+def ending_of(step: int, total_steps: int, *, used_up: bool, signal_name: str | None = None) -> Ending | None:
+    """Whether the run ends after `step`, and why; the same on all ranks. None: it goes on.
+
+    Args:
+        used_up: no lane has a sample left. signal_name: of what a rank was told to stop by.
+    """
+    if step >= total_steps:
+        return Ending(True, "all steps done", signal_name)
+    if used_up:
+        return Ending(True, f"all sources used up at step {step} (run.max_steps {total_steps})", signal_name)
+    return None if signal_name is None else Ending(False, f"stopped by {signal_name} with a checkpoint", signal_name)
 
 
 class Verdict:
@@ -87,17 +114,13 @@ class Verdict:
         self.watch = PeerWatch(self.config.engine, self).start()
         return self.watch
 
-    def ended(self, finished: bool, saved: bool, signal_name: str) -> None:
+    def ended(self, ending: Ending, saved: bool) -> None:
         """The loop is over; without its last checkpoint the run has failed, whatever ended the loop."""
         if not saved:
             why = self._problem or "see the log of rank 0"
             raise TrichordError(f"the last checkpoint (step {self.step}) could not be written: {why}")
-        if self.rank != 0:
-            return
-        if finished:
-            self._run("finished", EXIT_DONE, "all steps done")
-        else:
-            self._run("stopped", EXIT_STOPPED, f"stopped by {signal_name} with a checkpoint")
+        if self.rank == 0:
+            self._run("finished" if ending.finished else "stopped", ending.code, ending.reason)
 
     def not_saved(self, step: int, problem: str) -> None:
         """On rank 0: a checkpoint was abandoned. The run goes on, and has the one before."""

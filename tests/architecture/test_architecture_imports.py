@@ -26,6 +26,7 @@ ROOMS = (
     "planning",
     "config",
     "restore",
+    "progress",
     "journal",
     "verdict",
     "evaluate",

@@ -1,13 +1,20 @@
 """Whole runs whose data is more than a list of shards: sources that grow, rows that are dealt, samples filtered."""
 
+import io
 import json
+import re
 import shutil
+import tarfile
 
 import pytest
 import yaml
 from ranks import RankError, run_ranks
 from test_distributed_run import digest, losses
 from tiny_run import make_data, train, write_config
+
+from trichord.checkpoints.load import find_latest
+from trichord.core.status import read_status
+from trichord.tracking.metrics import read_events, read_metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -76,17 +83,61 @@ def test_dealing_and_workers_change_neither_the_data_nor_the_losses(data, tmp_pa
     assert after < before
 
 
-def test_what_filters_leave_out_is_counted_over_ranks(data, tmp_path):
-    path = write_config(data, tmp_path / "filtered")
+def test_sources_that_are_used_up_end_the_run_with_each_sample_accounted_for(data, tmp_path):
+    """Two sources once, one twice, filters on one of them, clips that are longer than a row; then the run is started
+    again."""
+    path = write_config(data, tmp_path / "ends")
     config = yaml.safe_load(path.read_text())
-    config["shards"]["sources"][1]["filters"] = {"min_text_chars": 4}
+    it, at, iat = config["shards"]["sources"]
+    it["epochs"] = at["epochs"] = 1
+    iat["epochs"] = 2
+    at["filters"] = {"min_text_chars": 4}
+    config["batches"] |= {"row_tokens": 10, "rows_per_step": 8, "micro_rows": 4}
+    config["shards"] |= {"min_samples_for_bad_fraction": 1, "max_bad_fraction": 0.0}
     path.write_text(yaml.safe_dump(config))
-    assert run_ranks(2, train, str(path), "run.max_steps=10") == [0, 0]
-    folder = tmp_path / "filtered" / "tiny"
-    counted = data_json(folder)["filtered"]["min_text_chars"]
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert counted == last["data/filtered_samples"] > 0
-    assert last["data/bad_samples"] == 0
+    assert run_ranks(2, train, str(path), "run.max_steps=500") == [0, 0]
+    folder = tmp_path / "ends" / "tiny"
+    rows = read_metrics(folder)
+    assert all(row["train/loss"] > 0 and row["train/grad_norm"] > 0 for row in rows)
+    filtered = data_json(folder)["filtered"]
+    assert filtered.keys() == {"min_text_chars", "longer than a row"}
+    assert rows[-1]["data/filtered_samples"] == sum(filtered.values())
+    assert rows[-1]["data/bad_samples"] == 0
+    assert rows[-1]["train/samples_seen"] + sum(filtered.values()) == 40 + 40 + 2 * 40
+    steps = find_latest(folder / "checkpoints").name
+    events = read_events(folder)
+    end = events[-1]
+    assert end["kind"] == "end"
+    assert (end["finished"], end["checkpoint_saved"], end["signal"]) == (True, True, None)
+    assert end["reason"] == f"all sources used up at step {end['step']} (run.max_steps 500)"
+    assert steps == f"step-{end['step']:06d}"
+    used_up = {event["source"]: event["step"] for event in events if event["kind"] == "source_used_up"}
+    assert used_up.keys() == {"it", "at", "iat"}
+    assert used_up["it"] < used_up["iat"] <= end["step"]
+
+    assert run_ranks(1, train, str(path), "run.max_steps=600") == [0]
+    assert find_latest(folder / "checkpoints").name == steps
+    assert read_status(folder).outcome == "finished"
+    assert read_metrics(folder) == rows
+    again = [event for event in read_events(folder)[len(events) :] if event["kind"] in ("end", "source_used_up")]
+    assert [event["reason"] for event in again] == [f"all sources used up at step {end['step']} (run.max_steps 600)"]
+    assert "more epochs are a new run" in (folder / "logs" / "rank-00000.log").read_text()
+
+
+def test_too_much_bad_data_stops_all_ranks_and_names_the_worst_shard(data, tmp_path):
+    """Whichever rank comes across them: the records of the whole run are looked at."""
+    shards = shutil.copytree(data, tmp_path / "shards")
+    with tarfile.open(shards / "at-001.tar", "w") as tar:
+        for number in range(20):
+            info = tarfile.TarInfo(f"a{number:04d}.txt")
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"\xe9\xe9\xe9\xe9"))
+    path = write_config(shards, tmp_path / "bad")
+    told = r"worst: \S+/at-001.tar of source 'at' \(\d+\)\. Commonest: text: .* Of the first: their bytes are damaged"
+    with pytest.raises(RankError, match=told) as stopped:
+        run_ranks(2, train, str(path), "shards.min_samples_for_bad_fraction=30", "shards.max_bad_fraction=0.001")
+    assert len(re.findall(told, str(stopped.value))) == 2, "on both ranks"
+    assert read_status(tmp_path / "bad" / "tiny").exit_code == 3
 
 
 def test_a_run_without_a_single_sample_stops_and_says_so(data, tmp_path):
@@ -95,5 +146,8 @@ def test_a_run_without_a_single_sample_stops_and_says_so(data, tmp_path):
     for source in config["shards"]["sources"]:
         source["filters"] = {"min_text_chars": 99}
     path.write_text(yaml.safe_dump(config))
-    with pytest.raises(RankError, match="the last 10 steps held not one sample; so far 0 were used, filters left out"):
+    with pytest.raises(RankError, match="the last 10 steps held not one sample; so far 0 were used, filters and"):
         run_ranks(2, train, str(path), "run.max_steps=30")
+    rows = read_metrics(tmp_path / "nothing" / "tiny")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert not any(name.startswith(("train/loss", "train/grad_norm")) for row in rows for name in row)

@@ -5,8 +5,10 @@ import time
 
 import pytest
 import tiny
+import torch
 from ranks import RankError, run_ranks
 
+from trichord.batches.rows import build_row
 from trichord.engine.config import EngineConfig
 from trichord.fusion.model import Trichord
 from trichord.objectives.config import ObjectivesConfig
@@ -38,7 +40,26 @@ def train_with_missing_modality(stage: int, rule: bool) -> list:
         # At step 0 every row has both modalities on every rank; from step 1 on rank 1 has no image.
         tiny.make_row = (lambda row, step: own_rows(2, 1)) if step == 0 else own_rows
         history += tiny.train_steps(facts, engine, stepper, config, 2, range(step, step + 1))
+    if rule:
+        take_steps_without_rows(facts, engine, stepper)
     return history
+
+
+def take_steps_without_rows(facts, engine, stepper) -> None:
+    """Rank 1 has no sample, then no rank has: only the second changes nothing, momentum and decay neither."""
+    own_rows, empty = tiny.make_row, build_row([], [], tiny.FORM)
+    changed = []
+    for with_rows in (1, 0):
+        tiny.make_row = own_rows if facts.rank < with_rows else lambda row, step: empty
+        before = [parameter.detach().clone() for parameter in engine.module.parameters()]
+        result = stepper.run(tiny.micro_batches(5, facts.rank, facts.world_size, 2), {"open_lanes": 1.0})
+        assert (result.is_empty, bool(result.losses)) == (not with_rows, bool(with_rows))
+        assert result.counts["open_lanes"] == facts.world_size
+        after = engine.module.parameters()
+        changed.append(any(not torch.equal(old, new) for old, new in zip(before, after)))
+    assert changed[1] is False
+    if engine.zero_optimization_stage() < 3:  # whose parameters are elsewhere between two steps
+        assert changed[0] is True
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

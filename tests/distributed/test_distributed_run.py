@@ -108,6 +108,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(undisturbe
     assert losses(folder) == losses(undisturbed)
     assert read_status(folder).outcome == "finished"
     assert [event["kind"] for event in read_events(folder)].count("start") == 2
+    ends = [event for event in read_events(folder) if event["kind"] == "end"]
+    assert [(end["finished"], end["signal"]) for end in ends] == [(False, "a signal on another rank"), (True, None)]
 
 
 def test_training_a_finished_run_again_changes_nothing(undisturbed, data, tmp_path):

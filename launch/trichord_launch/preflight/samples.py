@@ -47,10 +47,10 @@ def _verdict(config: RunConfig, sources: Sequence[SourceFacts]) -> Finding:
     if not endless and sum(lasting) < least:
         detail = (
             f"{about}{sum(lasting):,} samples over their epochs, and {steps:,} steps of {rows} rows need at least "
-            f"{least:,}: later rows would be empty"
+            f"{least:,}: the run ends when they are used up, its rates do not reach the end of their schedule"
         )
-        remedy = f"add shards, raise `epochs`, or set run.max_steps to {max(1, sum(lasting) // rows)} or less"
-        return Finding("samples", "fail", detail, remedy, "data")
+        remedy = "leave run.max_steps out: steps are then counted from `epochs`; or add shards, or raise `epochs`"
+        return Finding("samples", "warn", detail, remedy)
     if not endless and sum(lasting) < likely:
         detail = f"{about}{sum(lasting):,} samples over their epochs, and about {likely:,.0f} are drawn ({how})"
         remedy = "leave run.max_steps out: steps are then counted from `epochs`"

@@ -33,10 +33,11 @@ class BatchesConfig(Leaf):
     max_samples_per_row: int = Field(default=64, ge=1)
     """Upper bound of samples in a row; fixes the size of the feature gather of contrastive objectives."""
     packing: Literal["tokens", "count"] = "tokens"
-    """`tokens`: best-fit decreasing by length. `count`: max_samples_per_row samples of similar length in every row, for
-    models of towers only, whose work is per sample."""
+    """`tokens`: best-fit decreasing by length. `count`: max_samples_per_row samples of similar length in each row, or
+    as many as row_tokens hold; for models of towers only, whose work is per sample."""
     long_samples: Literal["drop", "split"] = "drop"
-    """A sample longer than a row: quarantined, or its text goes on in further segments; never cut."""
+    """A sample longer than a row: left out, or its text goes on in further segments; never cut. What is left out is
+    counted as filters count, and is not bad data."""
     deal_ranks: int = Field(default=1, ge=1)
     """Neighbouring ranks that share out their rows of each step by predicted cost (tokens, images, audio). Order and
     digest stay as they are. Each plans the rows of all of them, so take a divisor of the world size, up to 16."""

@@ -146,7 +146,21 @@ class LoaderState:
     @property
     def exhausted(self) -> bool:
         """Whether all lanes in here are used up: every further step would be empty rows."""
-        return all(cursor.exhausted for cursor in self.lanes.values())
+        return not self.open_lanes
+
+    @property
+    def open_lanes(self) -> int:
+        """Lanes in here that are not used up."""
+        return sum(not cursor.exhausted for cursor in self.lanes.values())
+
+    def lanes_with(self, source: int, epochs: int | None) -> int:
+        """Lanes in here from which samples of a source may still come. epochs: how often it is read, None: for ever."""
+        if epochs is None:
+            return len(self.lanes)
+        return sum(
+            cursor.window.cursors[source][0] < epochs or any(ref.source == source for ref in cursor.carried)
+            for cursor in self.lanes.values()
+        )
 
     @property
     def quarantined(self) -> int:
@@ -194,7 +208,10 @@ def _told_sources(then: Any, now: list[list[str]]) -> str:
     parts = [
         f"other {what} of source {old[0]!r}"
         for old, new in zip(then, now)
-        for what, place in (("shards (or another order of them)", 1), ("filters, or another list of excluded samples,", 2))
+        for what, place in (
+            ("shards (or another order of them)", 1),
+            ("filters, or another list of excluded samples,", 2),
+        )
         if old[place] != new[place]
     ]
     return f"{' and '.join(parts)} than there are now"

@@ -35,6 +35,9 @@ from trichord.shards.members import MemberRef
 from trichord.shards.quarantine import BadSample, QuarantineRecord
 from trichord.shards.reader import SourceTable
 
+TOO_LONG = "longer than a row"
+ITEM_TOO_LONG = "an image or clip alone longer than a row"
+"""Why a sample is left out, in the words that it is counted by; see `BatchesConfig.long_samples`."""
 _CARRIED_FROM = 0.02
 """Share of a row that is free, from which on its samples wait for the next window."""
 
@@ -113,7 +116,7 @@ class LeftOut:
 @dataclass(frozen=True)
 class WindowPlan:
     """The rows of one window in the order in which the lane gives them, the samples that are carried into the next
-    window, the bad ones left out, and how many each filter left out."""
+    window, the bad ones left out, and how many each filter left out, those that are too long among them."""
 
     rows: list[list[PlannedSample]] = field(default_factory=list)
     carried: tuple[SampleRef, ...] = ()
@@ -168,7 +171,7 @@ class SamplePlanner:
         ids = self.tokenizer.encode_batch([part.text for part in drafts if part.text])
         planned = self._planned(ref, entry, content, drafts, ids)
         if planned.length > self.batches.row_tokens:
-            raise BadSample(_too_long(planned.length, self.batches.row_tokens))
+            raise BadSample(f"longer than a row: {planned.length} tokens, batches.row_tokens {self.batches.row_tokens}")
         return planned, content
 
     def plan_window(
@@ -250,6 +253,8 @@ class SamplePlanner:
                 planned += self._fit(self._planned(ref, entry, content, parts, own))
             except BadSample as bad:
                 plan.left_out.append(self.left_out(ref, bad))
+            except FilteredSample as filtered:
+                plan.filtered[filtered.reason] += 1
         return planned
 
     def _planned(
@@ -289,15 +294,19 @@ class SamplePlanner:
         return StreamPart.audio(self.lengths.audio(samples)), samples
 
     def _fit(self, sample: PlannedSample) -> list[PlannedSample]:
-        """The sample, or its pieces where it is longer than a row. Raises BadSample where it can have none."""
+        """The sample, or its pieces where it is longer than a row.
+
+        Raises:
+            FilteredSample: it may have no pieces, or can have none: its bytes are good, and the config wants it so.
+        """
         row_tokens = self.batches.row_tokens
         if sample.length <= row_tokens:
             return [sample]
         if self.batches.long_samples == "drop":
-            raise BadSample(_too_long(sample.length, row_tokens))
+            raise FilteredSample(TOO_LONG)
         pieces = split_parts(sample.parts, row_tokens, self.tokenizer.bos_id)
         if pieces is None:
-            raise BadSample(f"an image or clip alone is longer than a row, batches.row_tokens {row_tokens}")
+            raise FilteredSample(ITEM_TOO_LONG)
         planned, first_item = [], 0
         for parts in pieces:
             count = sum(part.kind != SPAN_TEXT for part in parts)
@@ -311,10 +320,6 @@ class SamplePlanner:
             )
             first_item += count
         return planned
-
-
-def _too_long(length: int, row_tokens: int) -> str:
-    return f"longer than a row: {length} tokens, batches.row_tokens {row_tokens}"
 
 
 def group_of(text: str | None, meta: Mapping[str, Any], source: str, sample: int) -> int:

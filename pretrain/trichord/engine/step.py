@@ -23,7 +23,9 @@ from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
 
 # What the one count all-reduce of a step carries. labels: each as much as it weighs.
-COUNT_NAMES: tuple[str, ...] = ("labels", "useful_tokens", "slots", "samples", "bad_samples", "filtered", "stop")
+COUNT_NAMES: tuple[str, ...] = (
+    *("labels", "useful_tokens", "slots", "samples", "bad_samples", "filtered", "open_lanes", "stop"),
+)
 
 
 def _content(batch: PackedBatch) -> dict[str, int]:
@@ -40,7 +42,8 @@ class StepResult:
     counts: name -> global number; losses: name -> () tensors on the device, this rank's share of each loss (their sum
     over ranks is the loss); grad_norm: before clipping; skipped: the update was not applied (non-finite);
     label_sums: this rank's losses by source and kind of sample (see `label_losses`), on the device; None where there is
-    no next-token objective or no source was named.
+    no next-token objective or no source was named. A step without a sample on any rank computes nothing and changes
+    nothing: it has no losses.
     """
 
     counts: dict[str, float]
@@ -48,6 +51,11 @@ class StepResult:
     grad_norm: float
     skipped: bool
     label_sums: Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """No rank had a sample."""
+        return not self.counts["useful_tokens"]
 
 
 class Stepper:
@@ -76,7 +84,8 @@ class Stepper:
         self.zero_stage = engine.zero_optimization_stage()
 
     def run(self, micro_batches: Sequence[PackedBatch], local_counts: dict[str, float]) -> StepResult:
-        """One step. `local_counts` has this rank's `samples`, `bad_samples`, `filtered`, `stop`; the rest is counted.
+        """One step. `local_counts` has this rank's `samples`, `bad_samples`, `filtered`, `open_lanes` and `stop`; what
+        it lacks is 0, and the rest is counted.
 
         The stop flag travels with the counts: when the returned count `stop` is above 0, every rank knows it at the
         same step.
@@ -85,6 +94,10 @@ class Stepper:
         self.clock.enter("count")
         batches = [batch.to(self.device) for batch in micro_batches]
         counts = self._global_counts(batches, local_counts)
+        if not any(batch.own.useful_tokens for batch in batches):  # only such a rank has to read the sums to know
+            values = dict(zip(COUNT_NAMES, counts.tolist()))
+            if not values["useful_tokens"]:  # then all ranks are here
+                return StepResult(values, {}, 0.0, skipped=False)
         gradients, first_output = self._feature_gradients(batches)
         losses, label_sums = self._accumulate(batches, counts[0], gradients, first_output)
         self.clock.enter("update")
@@ -96,6 +109,7 @@ class Stepper:
         """(len(COUNT_NAMES),) fp32 on the device, summed over ranks. Exact up to 2^24 of each per step."""
         parts = [batch.own for batch in batches]
         own = {
+            **dict.fromkeys(COUNT_NAMES, 0.0),
             "labels": sum(batch.label_weight for batch in batches),
             "useful_tokens": sum(own.useful_tokens for own in parts),
             "slots": sum(own.count(own.tokens) for own in parts),

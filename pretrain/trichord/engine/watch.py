@@ -62,8 +62,9 @@ class StopFlag:
         return self._received is not None
 
     @property
-    def name(self) -> str:
-        return signal.Signals(self._received).name if self._received else "a signal on another rank"
+    def name(self) -> str | None:
+        """Of the signal; None where this process has had none."""
+        return signal.Signals(self._received).name if self._received else None
 
 
 class Judge(Protocol):

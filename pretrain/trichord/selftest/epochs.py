@@ -18,7 +18,6 @@ from trichord.batches.loader_state import LaneCursor
 from trichord.batches.windows import SamplePlanner
 from trichord.checkpoints.load import read_facts, resolve_checkpoint
 from trichord.provenance import Past, open_past
-from trichord.samples.filters import FilteredSample
 from trichord.shards.lanes import SampleRef
 
 MAX_USES = 200_000
@@ -134,12 +133,8 @@ def _wrong_counts(uses: Counter[SampleRef], complete: dict[str, int], planner: S
 
 
 def _is_filtered(planner: SamplePlanner, ref: SampleRef) -> bool:
-    """Filters leave samples out by design, and only count them."""
-    try:
-        planner.read(ref)
-    except FilteredSample:
-        return True
-    return False
+    """Filters and `long_samples` leave samples out by design, and only count them."""
+    return bool(planner.plan_window([ref], last=True).filtered)
 
 
 def _bad_by_step(run: Path) -> dict[int, frozenset[tuple[str, str]]]:

@@ -102,7 +102,7 @@ class SourceConfig(Leaf):
     group: str = Field(default="", pattern=r"^([A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)?$")
     """Path of the group it belongs to, such as `speech/english`; empty: none. See `shards.group_weights`."""
     epochs: int | None = Field(default=None, ge=1)
-    """How often the source may be read through; null: for ever."""
+    """How often the source may be read through; null: for ever. A run ends when all sources are used up."""
     require: tuple[Modality, ...] = ()
     """Fields every sample must have; a sample lacking one is quarantined."""
     filters: FiltersConfig = FiltersConfig()

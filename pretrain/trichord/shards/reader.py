@@ -77,10 +77,16 @@ class SourceTable:
             return len(self.shards)
         while len(self._known_at) <= epoch:
             finder = ShardFinder(self.config)
+            shards, samples = len(self.shards), self.num_samples
             if not self._read_record(finder):
                 added = finder.look(self._headers)
                 recorded = self._log.record(len(self._known_at), self._headers, added)
                 self._append(finder.find_again(recorded))  # those of another process, where it was first
+            if len(self.shards) > shards:
+                _log.info(
+                    "source %s: %d new shards with %d samples join at epoch %d",
+                    *(self.name, len(self.shards) - shards, self.num_samples - samples, len(self._known_at) - 1),
+                )
         return self._known_at[epoch]
 
     def samples_at(self, epoch: int) -> int:

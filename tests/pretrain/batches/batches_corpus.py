@@ -89,13 +89,14 @@ def talk(rng, number: int) -> dict[str, bytes]:
 
 
 def bad_samples(rng, canary: str) -> dict[str, dict[str, bytes]]:
-    """By key: what is wrong. Keys starting with `late` turn out bad only when they are decoded."""
+    """By key: what is wrong. Keys starting with `late` turn out bad only when they are decoded; `long_row` is good, and
+    longer than a row."""
     good, text = image_bytes(rng), text_bytes(rng)
     return {
         "bad_text": {"png": good, "txt": b"caf\xe9"},
         "bad_meta": {"png": good, "txt": text, "json": b"{"},
         "bad_long_text": {"txt": b"car " * 300},
-        "bad_long_row": {"txt": b"car " * 70},
+        "long_row": {"txt": b"car " * 70},
         "bad_long_audio": {"wav": audio_bytes(rng, 1.5), "txt": text},
         "bad_image_is_a_pickle": {"jpg": pickle.dumps(Canary(canary)), "txt": text},
         "bad_chat_item": {"json": b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}'},

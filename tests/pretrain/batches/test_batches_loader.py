@@ -47,7 +47,10 @@ def test_every_sample_once_per_epoch_and_every_bad_one_named(corpus, epochs):
     bad = Counter(record.key for step in epochs for record in step.stats.records)
     assert bad == dict.fromkeys(corpus.bad_keys, EPOCHS)
     assert set(used.values()) == {1}
-    assert len(used) == EPOCHS * (corpus.num_many + corpus.num_few - len(corpus.bad_keys))
+    assert len(used) == EPOCHS * (corpus.num_many + corpus.num_few - len(corpus.bad_keys) - 1)
+    filtered = sum((Counter(step.stats.filtered) for step in epochs), Counter())
+    assert filtered == {"longer than a row": EPOCHS}, "a choice of the config is no bad data"
+    assert not any(key == "long_row" for key, _ in used)
 
 
 def test_stats_add_up(corpus, epochs):
@@ -59,7 +62,8 @@ def test_stats_add_up(corpus, epochs):
         assert step.stats.bad_samples == len(step.stats.records)
         assert step.stats.row_tokens == 5 * 64
         assert step.stats.useful_tokens == sum(int((b.segment_ids >= 0).sum()) for b in step.micro_batches)
-    assert by_source == {"many": EPOCHS * (corpus.num_many - len(corpus.bad_keys)), "few": EPOCHS * corpus.num_few}
+    num_good = corpus.num_many - len(corpus.bad_keys) - 1
+    assert by_source == {"many": EPOCHS * num_good, "few": EPOCHS * corpus.num_few}
     assert epochs[-1].state.quarantined == EPOCHS * len(corpus.bad_keys)
     assert [record.step for step in epochs for record in step.stats.records] == [
         step.state.step for step in epochs for _ in step.stats.records
@@ -72,7 +76,6 @@ def test_reasons_say_what_is_wrong(epochs):
         "bad_text": "UTF-8",
         "bad_meta": "not JSON",
         "bad_long_text": "allows 600",
-        "bad_long_row": "longer than a row: 72 tokens, batches.row_tokens 64",
         "bad_long_audio": "1.50 s long",
         "bad_image_is_a_pickle": "not an image",
         "bad_chat_item": "no further image",

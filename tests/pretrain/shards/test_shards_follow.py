@@ -1,6 +1,7 @@
 """Followed sources: new shards join at an epoch's border, once for all processes, and the past stays what it was."""
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -41,7 +42,8 @@ def _record(tmp_path, epoch: int) -> Path:
     return tmp_path / "records" / "news" / f"epoch-{epoch:06d}.json"
 
 
-def test_new_shards_join_at_the_border_behind_the_old_ones(tmp_path, stream):
+def test_new_shards_join_at_the_border_behind_the_old_ones(tmp_path, stream, caplog):
+    caplog.set_level(logging.INFO, logger="trichord")
     stream("m.tar", 3)
     table = _open(tmp_path)
     stream("a.tar", 2)  # sorts before the first, and must not push it
@@ -50,6 +52,9 @@ def test_new_shards_join_at_the_border_behind_the_old_ones(tmp_path, stream):
     assert (table.shards_at(1), table.num_samples) == (3, 6)
     assert [Path(shard).name for shard in table.shards] == ["m.tar", "a.tar", "z.tar"]
     assert [table.samples_at(epoch) for epoch in (0, 1, 2)] == [3, 6, 6]  # epoch 2: nothing new
+    assert [record.message for record in caplog.records if "join" in record.message] == [
+        "source news: 2 new shards with 3 samples join at epoch 1"
+    ]
     assert read_member(table.entry(3), "text", 9) == b"0"
     assert json.loads(_record(tmp_path, 2).read_text())["added"] == []
 
