@@ -24,6 +24,8 @@ from trichord.core.status import clear_rank_statuses, write_atomically
 from trichord.engine.together import decide_on_rank_0
 from trichord.evaluate import suite_sources
 from trichord.restore import item_lengths, stored_config
+from trichord.samples.filters import read_exclude_list
+from trichord.samples.unread import warn_at_start
 from trichord.shards.config import SourceConfig
 from trichord.shards.follow import FOLLOW_FOLDER
 from trichord.shards.index import ShardHeader, index_shards
@@ -87,16 +89,21 @@ def make_sidecars(config: RunConfig, folder: RunFolder) -> None:
     goes on must find the shards that it began with.
 
     Raises:
+        ConfigError: an exclude list cannot be read.
         DataError: a shard cannot be read, or is not what it was when the run began.
     """
     configure_storage(config.shards.storage)
-    found = [(source, _indexed(source)) for source in (*config.shards.sources, *suite_sources(config))]
+    sources = (*config.shards.sources, *suite_sources(config))
+    for path in {path for source in sources for path in source.filters.exclude}:
+        read_exclude_list(path)  # before hours of indexing
+    found = [(source, _indexed(source)) for source in sources]
     learned = {source.name: shards for source, shards in found[: len(config.shards.sources)] if not source.follow}
     began = folder.branch_folder or folder.path
     if folder.kind != "fresh":
         check_shards(began / SHARDS_FILE, learned, "put them back as they were, or start a new run")
     if folder.kind != "resume":
         record_shards(folder.path / SHARDS_FILE, learned)
+    warn_at_start(found, config.shards.max_member_bytes)
 
 
 def _indexed(source: SourceConfig) -> list[ShardHeader]:

@@ -29,16 +29,20 @@ def data_lint(
     ] = None,
     workers: Workers = CPUS,
 ) -> int:
-    """Decode every sample as training would, and say what is wrong with which; exit code 3 if training would stop."""
+    """Decode every sample as training would, and say what is wrong with which; exit code 3 if it must be mended."""
     from trichord.core.log import configure_logging
+    from trichord.core.stopping import stoppable
     from trichord.inspection.lint import lint
     from trichord.inspection.lint_report import write_report
     from trichord.inspection.target import find_target
 
     configure_logging()
-    report = lint(find_target(what), workers, out)
+    so_far = f"; {out} lists the bad ones so far" if out is not None else ""
+    with stoppable(lambda: f"stopped before all samples were looked at{so_far}; sidecars that were made stay"):
+        report = lint(find_target(what), workers, out)
     print_rows(report.source_rows())
-    for title, rows in (("bad samples", report.reason_rows()), ("shards", report.note_rows())):
+    tables = {"bad samples": report.reason_rows(), "shards": report.note_rows(), "warnings": report.warning_rows()}
+    for title, rows in tables.items():
         if rows:
             print(f"\n{title}")
             print_rows(rows[:MAX_NOTES])
@@ -86,6 +90,7 @@ def data_stats(
 ) -> None:
     """How much there is of what: counts, sizes, lengths, classes, duplicates, and weights against imbalance."""
     from trichord.core.log import configure_logging
+    from trichord.core.stopping import stoppable
     from trichord.inspection.balance import balance as weigh
     from trichord.inspection.balance import balance_json, balance_table, counts_of, write_overlay
     from trichord.inspection.collect import Wishes, class_keys
@@ -100,7 +105,8 @@ def data_stats(
     target = find_target(what)
     labels = tuple(label or ()) + ((by,) if by not in (None, "source", *(label or ())) else ())
     wishes = Wishes(labels or class_keys(target), tokenizer, hashes=hashes)
-    stats = gather_stats(target, wishes, every_text=every_text, workers=workers, duplicates=duplicates)
+    with stoppable(lambda: "stopped before all samples were counted; sidecars that were made stay"):
+        stats = gather_stats(target, wishes, every_text=every_text, workers=workers, duplicates=duplicates)
     result = stats.to_json()
     print_rows(source_rows(stats))
     _print_spreads(stats)
@@ -142,7 +148,9 @@ def data_preview(
 ) -> None:
     """One page: the rows as the model will see them, with their images, clips and tokens."""
     from trichord.config.load import load_run_config
+    from trichord.inspection.target import refuse_shards
 
+    refuse_shards(config, "preview")
     run_config = load_run_config(config, overrides or [])
     if rank >= world_size:
         raise ConfigError(f"--rank must be less than --world-size {world_size}, got {rank}")

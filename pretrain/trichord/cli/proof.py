@@ -25,11 +25,26 @@ def data_fuzz(
     json_file: JsonFile = None,
 ) -> int:
     """Drive mangled shards from index to batch; exit code 1 where one crashes, hangs, or reaches outside."""
-    from trichord.inspection.fuzz.campaign import run_campaign
+    from trichord.core.stopping import stoppable
+    from trichord.inspection.fuzz.campaign import Report, run_campaign
     from trichord.tracking.progress import work_progress
 
-    with work_progress("fuzz", cases) as advance:
-        report = run_campaign(cases, seed=seed, workers=workers, first=first, out=out, on_case=lambda: advance(1))
+    known = Report(seed, next_case=first)
+
+    def stopped() -> str:
+        return (
+            f"stopped after {known.cases} of {cases} cases with {len(known.findings)} findings, {out} has what is "
+            f"known; --first {known.next_case} --cases {first + cases - known.next_case} does the rest"
+        )
+
+    with stoppable(stopped), work_progress("fuzz", cases) as advance:
+
+        def note(report: Report) -> None:
+            nonlocal known
+            known = report
+            advance(1)
+
+        report = run_campaign(cases, seed=seed, workers=workers, first=first, out=out, on_case=note)
     print_rows(report.rows())
     print(
         f"\n{report.cases} cases in {report.seconds:.0f} s: {dict(report.outcomes)}; "

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trichord.core.errors import ConfigError
-from trichord.encoders.config import AudioEncoderConfig, VisionConfig
+from trichord.encoders.config import AudioEncoderConfig, EncodersConfig, VisionConfig
+
+if TYPE_CHECKING:
+    from trichord.batches.windows import ItemLengths
 
 _GRIDS: dict[tuple[str, int], tuple[int, int]] = {}
 
@@ -25,6 +30,31 @@ def image_grid(config: VisionConfig, image_size: int) -> tuple[int, int]:
         with torch.device("meta"):
             _GRIDS[key] = patch_grid(create_backbone(config, image_size), config, image_size)
     return _GRIDS[key]
+
+
+def tower_lengths(encoders: EncodersConfig, image_size: int, streamed: bool) -> ItemLengths:
+    """How many tokens an image or a clip becomes: what the batches room has to know of the encoders.
+
+    streamed: whether there is a trunk. Without one there is no stream to be in: items go to their towers only.
+    """
+    from trichord.batches.windows import ItemLengths  # imports torch
+
+    vision, audio = encoders.vision, encoders.audio
+    grid = image_grid(vision, image_size) if vision is not None and streamed else (0, 0)
+    return ItemLengths(
+        image=(lambda width, height: grid) if vision is not None else None,
+        audio=(lambda samples: audio_tokens(audio, samples) if streamed else 0) if audio is not None else None,
+    )
+
+
+def known_grids() -> dict[tuple[str, int], tuple[int, int]]:
+    """What `image_grid` has answered here, for `remember_grids` of another process."""
+    return dict(_GRIDS)
+
+
+def remember_grids(grids: dict[tuple[str, int], tuple[int, int]]) -> None:
+    """Take over what another process has found out: asking timm takes the seconds of its import."""
+    _GRIDS.update(grids)
 
 
 def mel_frames(config: AudioEncoderConfig, num_samples: int) -> int:

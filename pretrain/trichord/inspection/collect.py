@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from trichord.shards.quarantine import BadSample
 from trichord.shards.reader import SourceTable, read_ref
 
 MAX_CLASSES = 10_000
+MAX_KEYS = 100
 MAIN_FIELDS = ("image", "audio", "text", "meta")
 """The first of these that a sample has is what its duplicates are known by."""
 
@@ -51,6 +53,11 @@ class Label:
     missing: int = 0
     other: int = 0
     numbers: Distribution = field(default_factory=Distribution)
+
+    @property
+    def absent(self) -> bool:
+        """Whether no sample has a value."""
+        return not (self.classes or self.other or self.numbers.count)
 
     def add(self, value: Any) -> None:
         if value is None:
@@ -99,7 +106,8 @@ class Figures:
     """What was counted, over samples that no filter leaves out and whose index finds nothing wrong.
 
     spread: distributions by name; image_aspect is width / height, sample_bytes counts the members of fields. rates:
-    clips by sample rate in Hz. hashes: 16 bytes for each of `hashed`, sample numbers in the shard.
+    clips by sample rate in Hz. json_keys: dotted paths that json members have, where labels are counted and one was not
+    there. hashes: 16 bytes for each of `hashed`, sample numbers in the shard.
     """
 
     samples: int = 0
@@ -108,6 +116,7 @@ class Figures:
     spread: dict[str, Distribution] = field(default_factory=lambda: {name: Distribution() for name in DISTRIBUTIONS})
     rates: Counter[int] = field(default_factory=Counter)
     labels: dict[str, Label] = field(default_factory=dict)
+    json_keys: Counter[str] = field(default_factory=Counter)
     hashes: bytes = b""
     hashed: tuple[int, ...] = ()
 
@@ -117,6 +126,7 @@ class Figures:
         self.bad += other.bad
         self.filtered.update(other.filtered)
         self.rates.update(other.rates)
+        self.json_keys.update(other.json_keys)
         for name, spread in other.spread.items():
             self.spread[name].merge(spread)
         for key, label in other.labels.items():
@@ -158,8 +168,11 @@ class _Collector:
             figures.bad += 1
             return
         figures.samples += 1
+        values = {key: value_at(meta, key) for key in figures.labels}
         for key, label in figures.labels.items():
-            label.add(value_at(meta, key))
+            label.add(values[key])
+        if None in values.values():
+            self._note_keys(meta)
         self._measure(entry)
         if self._wishes.hashes:
             self._hash(entry, number)
@@ -172,6 +185,13 @@ class _Collector:
     def _meta(self, entry: SampleEntry) -> dict[str, Any]:
         ref = entry.members.get("meta")
         return {} if ref is None else decode_meta(read_ref(entry.shard, ref, self._limit))
+
+    def _note_keys(self, meta: dict[str, Any]) -> None:
+        """Which keys a label could have been."""
+        keys = self._figures.json_keys
+        for key in _dotted(meta):
+            if key in keys or len(keys) < MAX_KEYS:
+                keys[key] += 1
 
     def _measure(self, entry: SampleEntry) -> None:
         """Sizes of everything, from the index."""
@@ -231,6 +251,15 @@ class _Collector:
         texts = _texts(content)
         if texts:
             spread["text_tokens"].add(sum(len(_tokenizer(self._place, self._wishes).encode(text)) for text in texts))
+
+
+def _dotted(meta: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Paths of the values of a json object, down to the second level."""
+    for name, value in meta.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _dotted(value, f"{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _texts(content: SampleContent) -> list[str]:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trichord.encoders.lengths import tower_lengths
 from trichord.inspection.target import Target
 from trichord.samples.filters import FilteredSample, SampleFilter
+from trichord.samples.interleaved import Item
 from trichord.samples.sample import decode_item, read_content
+from trichord.samples.unread import Unread, read_meta, unread_of
 from trichord.shards.index import load_header
 from trichord.shards.lanes import SampleRef
 from trichord.shards.quarantine import BadSample, QuarantineRecord
@@ -38,11 +41,13 @@ class SampleRange:
 
 @dataclass
 class Judged:
-    """What became of a range: samples looked at, those that cannot be used, those that a filter leaves out."""
+    """What became of a range: samples looked at, those that cannot be used, those that a filter leaves out, and what is
+    in the others that none of them reads."""
 
     samples: int = 0
     bad: list[QuarantineRecord] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
+    unread: Unread = field(default_factory=Counter)
 
 
 def ranges(target: Target, source: int, shard: str, samples: int) -> Iterator[SampleRange]:
@@ -60,15 +65,17 @@ def judge(job: SampleRange) -> Judged:
     refs = [SampleRef(0, 0, number) for number in range(job.start, job.stop)]
     plan = planner.plan_window(refs, last=True)
     judged = Judged(len(refs), [item.record for item in plan.left_out], Counter(plan.filtered))
-    seen: set[SampleRef] = set()  # a sample cut into pieces is one sample
+    used: dict[SampleRef, list[Item]] = {}  # a sample cut into pieces is one sample
     for planned in sorted((sample for row in plan.rows for sample in row), key=lambda one: one.ref):
-        if planned.ref in seen:
-            continue
+        used.setdefault(planned.ref, []).extend(planned.items)
+    for ref, items in used.items():
+        entry = table.entry(ref.sample)
         try:
-            _decode(planned.shard, planned.items, job.target)
+            _decode(entry.shard, items, job.target)
         except BadSample as bad:
-            seen.add(planned.ref)
-            judged.bad.append(planner.left_out(planned.ref, bad).record)
+            judged.bad.append(planner.left_out(ref, bad).record)
+        else:
+            judged.unread.update(unread_of(entry, items, read_meta(entry, job.target.shards.max_member_bytes)))
     judged.bad.sort(key=lambda record: (record.offset or 0, record.key or ""))
     return judged
 
@@ -94,14 +101,26 @@ def shard_planner(target: Target, table: SourceTable) -> SamplePlanner:
     return SamplePlanner([table], config.samples, config.batches, tokenizer, lengths, config.shards.max_member_bytes)
 
 
+def prepare(target: Target) -> None:
+    """Find out here what every process would have to, so that it is in `known_grids` when they start.
+
+    Raises:
+        ConfigError: the tokenizer or the model of the config cannot be had.
+    """
+    if target.config is not None:
+        _model_facts(target)
+
+
 def _model_facts(target: Target):
     """Tokenizer and item lengths of the config's model; once per process, for they take seconds."""
     from trichord.batches.tokenizer import load_tokenizer
-    from trichord.restore import item_lengths
 
-    assert target.config is not None
+    config = target.config
+    assert config is not None
     if _modelled.asked != target:
-        _modelled.answer = load_tokenizer(target.config.batches.tokenizer), item_lengths(target.config)
+        streamed = config.fusion.trunk is not None
+        lengths = tower_lengths(config.encoders, config.samples.image.size, streamed)
+        _modelled.answer = load_tokenizer(config.batches.tokenizer), lengths
         _modelled.asked = target
     return _modelled.answer
 
@@ -126,6 +145,7 @@ def _judge_alone(job: SampleRange, table: SourceTable) -> Judged:
         try:
             content = read_content(entry, table.config, samples, limit, keep, job.target.fields)
             _decode(entry.shard, content.items, job.target)
+            judged.unread.update(unread_of(entry, content.items, content.meta))
         except FilteredSample as filtered:
             judged.filtered[filtered.reason] += 1
         except BadSample as bad:

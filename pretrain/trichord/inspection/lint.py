@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import numpy as np
 
 from trichord.core.errors import ConfigError, DataError
 from trichord.inspection import lint_report as what
-from trichord.inspection.judge import Judged, SampleRange, judge, ranges
+from trichord.inspection.exclusions import ExcludeLists
+from trichord.inspection.judge import Judged, SampleRange, judge, prepare, ranges
 from trichord.inspection.lint_report import LintReport, SourceReport
 from trichord.inspection.processes import Processes
 from trichord.inspection.repeats import Repeats
 from trichord.inspection.target import Target
 from trichord.inspection.walk import MAX_EXAMPLES, ShardFacts, walk_shard
+from trichord.samples.unread import unmapped
 from trichord.shards.index import load_index
 from trichord.shards.sources import expand_shards
 from trichord.tracking.progress import work_progress
@@ -32,14 +35,18 @@ def lint(target: Target, workers: int = 1, out: Path | None = None) -> LintRepor
         ConfigError: the tokenizer or the model of the config cannot be had, or `out` cannot be written.
         DataError: a process died.
     """
+    lists = ExcludeLists(target.shards.sources)  # what a user may have misspelt is told before anything is indexed
     with ExitStack() as stack:
-        processes = stack.enter_context(Processes(workers, target.shards.storage))
         lines = None if out is None else stack.enter_context(_opened(out))
+        prepare(target)
+        processes = stack.enter_context(Processes(workers, target.shards.storage))
         report = LintReport([], target.shards.max_bad_fraction)
         found = []
         for number, source in enumerate(target.shards.sources):
             report.sources.append(SourceReport(source.name))
-            found.append(_walk_source(target, number, report.sources[-1], processes))
+            found.append(_walk_source(target, number, report.sources[-1], processes, lists))
+        for name, text in lists.warnings():
+            next(source for source in report.sources if source.name == name).unmatched.append(text)
         jobs = (part for number, walked in enumerate(found) for part in _parts(target, number, walked))
         total = sum(facts.samples for walked in found for facts in walked if facts.problem is None)
         with work_progress("samples", total) as advance:
@@ -62,7 +69,9 @@ def _parts(target: Target, source: int, shards: list[ShardFacts]) -> Iterator[Sa
             yield from ranges(target, source, facts.url, facts.samples)
 
 
-def _walk_source(target: Target, number: int, report: SourceReport, processes: Processes) -> list[ShardFacts]:
+def _walk_source(
+    target: Target, number: int, report: SourceReport, processes: Processes, lists: ExcludeLists
+) -> list[ShardFacts]:
     """All shards of a source walked; what is odd goes into the report."""
     source = target.shards.sources[number]
     try:
@@ -76,13 +85,15 @@ def _walk_source(target: Target, number: int, report: SourceReport, processes: P
         for _, facts in processes.run(walk_shard, [(url, source.fields) for url in urls]):
             samples = len(facts.key_hashes) // 16
             keys.add(facts.key_hashes, len(walked), np.arange(samples))
+            lists.look(source.name, facts.url, facts.key_hashes)
+            report.unread += unmapped(facts.members, source.fields)
             facts.key_hashes = b""
             walked.append(facts)
             _note_shard(facts, report)
             advance(1)
         _note_repeats(keys, walked, report)
     _note_names(urls, report)
-    if not any(facts.samples for facts in walked):
+    if not any(facts.samples or facts.problem for facts in walked):
         report.problem = f"no samples in {len(urls)} shards; members must be named KEY.EXTENSION"
     return walked
 
@@ -91,6 +102,8 @@ def _note_shard(facts: ShardFacts, report: SourceReport) -> None:
     if facts.problem is not None:
         report.notes.append((what.UNREADABLE, facts.url, facts.problem))
         return
+    report.returning += facts.returning
+    report.returning_examples += facts.returning_examples[: MAX_EXAMPLES - len(report.returning_examples)]
     some = ", ".join
     found = [
         (what.DAMAGED, facts.damage),
@@ -115,8 +128,7 @@ def _note_repeats(keys: Repeats, shards: list[ShardFacts], report: SourceReport)
         places = sorted({shard for shard, _ in group})
         if len(places) > 1:
             count += 1
-            if len(examples) < MAX_EXAMPLES:
-                examples.append((group[0], places))
+            examples = heapq.nsmallest(MAX_EXAMPLES, [*examples, (group[0], places)])
     if not count:
         return
     named = []
@@ -139,6 +151,7 @@ def _add(report: SourceReport, judged: Judged, lines: IO[str] | None) -> None:
     report.samples += judged.samples
     report.bad += len(judged.bad)
     report.filtered.update(judged.filtered)
+    report.unread += judged.unread
     for record in judged.bad:
         report.add_reason(record)
         if lines is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from trichord.core.errors import ConfigError
 from trichord.core.status import write_atomically
 from trichord.inspection.walk import MAX_EXAMPLES
+from trichord.samples.unread import Unread, scattered, sentences
 from trichord.shards.quarantine import QuarantineRecord
 
 UNREADABLE = "cannot be read"
@@ -37,7 +38,11 @@ class Reason:
 
 @dataclass
 class SourceReport:
-    """What was found in one source. problem: why it cannot be read at all. notes: (what, where, detail) of shards."""
+    """What was found in one source. problem: why it cannot be read at all. notes: (what, where, detail) of shards.
+
+    unread: what is in its samples and tars that no sample reads. returning: how often a key comes back after others,
+    with examples. unmatched: a sentence about each exclude list that leaves nothing out.
+    """
 
     name: str
     problem: str | None = None
@@ -47,6 +52,16 @@ class SourceReport:
     filtered: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, Reason] = field(default_factory=dict)
     notes: list[tuple[str, str, str]] = field(default_factory=list)
+    unread: Unread = field(default_factory=Counter)
+    returning: int = 0
+    returning_examples: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not stop training, and is hardly what anyone wants."""
+        back = [scattered(self.returning, self.returning_examples)] if self.returning else []
+        return [*back, *sentences(self.unread), *self.unmatched]
 
     def add_reason(self, record: QuarantineRecord) -> None:
         """Count a bad sample under its reason; the first of each are kept as examples."""
@@ -81,17 +96,33 @@ class LintReport:
         return any(source.problem or any(what == UNREADABLE for what, _, _ in source.notes) for source in self.sources)
 
     @property
-    def fails(self) -> bool:
+    def stops(self) -> bool:
         """Whether training would stop: more samples bad than allowed, or something that cannot be read."""
         return self.unreadable or self.bad > self.max_bad_fraction * self.samples
+
+    @property
+    def torn(self) -> bool:
+        """Whether more samples than may be bad come in parts, each taken for a sample: training would not notice."""
+        return sum(source.returning for source in self.sources) > self.max_bad_fraction * self.samples
+
+    @property
+    def fails(self) -> bool:
+        """Whether the data must be mended before training."""
+        return self.stops or self.torn
 
     def verdict(self) -> str:
         """One line about all of it."""
         share = f" ({self.bad / self.samples:.2%})" if self.samples else ""
         counts = f"{self.bad} of {self.samples} samples are bad{share}, {self.max_bad_fraction:.2%} are allowed"
-        if self.unreadable:
-            return f"{counts}; training would stop: not all of it can be read"
-        return f"{counts}; training would stop" if self.fails else counts
+        said = [counts]
+        if self.stops:
+            said.append("training would stop" + (": not all of it can be read" if self.unreadable else ""))
+        if self.torn:
+            said.append("samples come in parts, and training would take each for a sample")
+        warnings = sum(len(source.warnings) for source in self.sources)
+        if warnings:
+            said.append("1 warning" if warnings == 1 else f"{warnings} warnings")
+        return "; ".join(said)
 
     def source_rows(self) -> list[dict[str, Any]]:
         """A table of the sources."""
@@ -134,6 +165,10 @@ class LintReport:
             rows.append({"what": what, "where": where[0] + more, "detail": detail})
         return rows
 
+    def warning_rows(self) -> list[dict[str, Any]]:
+        """A table of what does not stop training."""
+        return [{"source": source.name, "warning": text} for source in self.sources for text in source.warnings]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "samples": self.samples,
@@ -145,8 +180,12 @@ class LintReport:
 
 
 def general(record: QuarantineRecord) -> str:
-    """A reason without what differs from sample to sample: its key and its numbers."""
-    text = record.reason.replace(record.key, "KEY") if record.key else record.reason
+    """A reason without what differs from sample to sample: its key, where a name in quotes begins with it, and its
+    numbers."""
+    text = record.reason
+    if record.key:
+        names = "|".join(re.escape(name) for name in (record.key, record.key.rsplit("/", 1)[-1]))
+        text = re.sub(rf"""(?<=['"])(?:{names})(?=['".])""", "KEY", text)
     return re.sub(r"(?<![\w'\"-])\d+(\.\d+)?", "N", text)  # not in quotes: that is what stands in the data
 
 
@@ -163,6 +202,8 @@ def _source_json(source: SourceReport) -> dict[str, Any]:
             {"reason": text, "count": reason.count, "shards": len(reason.shards), "examples": reason.examples}
             for text, reason in reasons
         ],
+        "warnings": source.warnings,
+        "unread": [{"why": why, "what": name, "count": count} for (why, name), count in sorted(source.unread.items())],
         "notes": [{"what": what, "where": where, "detail": detail} for what, where, detail in source.notes],
     }
 

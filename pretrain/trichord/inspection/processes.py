@@ -14,6 +14,7 @@ from typing import TypeVar
 from trichord.core.errors import DataError
 from trichord.core.log import quiet_libraries
 from trichord.core.processes import enter_worker
+from trichord.core.silence import silence_here_too
 from trichord.core.stopping import signals_held
 from trichord.encoders.lengths import known_grids, remember_grids
 from trichord.shards.config import StorageConfig
@@ -31,12 +32,15 @@ class Processes:
         """storage: how shards are read, here and in the workers."""
         self._workers, self._storage = workers, storage
         self._pool: ProcessPoolExecutor | None = None
+        self._silence = silence_here_too()  # one worker is this process
 
     def __enter__(self) -> Processes:
         configure_storage(self._storage)
+        self._silence.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._silence.__exit__(None, None, None)
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

@@ -12,17 +12,23 @@ from typing import IO, Any
 
 import numpy as np
 
+from trichord.batches.tokenizer import load_tokenizer
 from trichord.core.errors import ConfigError, DataError
+from trichord.core.log import get_logger
 from trichord.inspection.collect import Figures, Label, Wishes, collect
-from trichord.inspection.judge import SampleRange, ranges
+from trichord.inspection.exclusions import ExcludeLists
+from trichord.inspection.judge import SampleRange, prepare, ranges
 from trichord.inspection.processes import Processes
 from trichord.inspection.repeats import Repeats
 from trichord.inspection.target import Target
 from trichord.inspection.walk import ShardFacts, walk_shard
+from trichord.samples.unread import scattered, sentences, unmapped
 from trichord.shards.index import load_index
 from trichord.shards.sources import expand_shards
 from trichord.tracking.progress import work_progress
 
+_log = get_logger(__name__)
+_KEYS_SHOWN = 20
 STATS_VERSION = 1
 SAMPLED_TEXTS = 5000
 """Texts that are tokenised, per source, unless all are asked for."""
@@ -72,6 +78,7 @@ class Stats:
     sources: list[SourceStats]
     tokens_of: str
     hashed: bool
+    warnings: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def total(self) -> Figures:
@@ -90,6 +97,7 @@ class Stats:
             "version": STATS_VERSION,
             "tokens_of": self.tokens_of,
             "duplicates_of": "all" if self.hashed else "none",
+            "warnings": self.warnings,
             "total": total,
             "sources": [source.to_json() for source in self.sources],
         }
@@ -104,11 +112,15 @@ def gather_stats(
         ConfigError: the tokenizer or the model cannot be had, or a file cannot be written.
         DataError: a shard cannot be read, a source has no samples, or a process died.
     """
+    lists = ExcludeLists(target.shards.sources)  # what a user may have misspelt is told before anything is indexed
+    if wishes.tokenizer is not None:
+        load_tokenizer(wishes.tokenizer)
     with ExitStack() as stack:
         lines = None if duplicates is None else stack.enter_context(_opened(duplicates))
         repeats = stack.enter_context(Repeats())
+        prepare(target)
         processes = stack.enter_context(Processes(workers, target.shards.storage))
-        sources = [_walk(target, number, processes) for number in range(len(target.shards.sources))]
+        sources = [_walk(target, number, processes, lists) for number in range(len(target.shards.sources))]
         shards = [facts.url for source in sources for facts in source.shards]
         jobs = list(_jobs(target, sources, wishes, every_text))
         numbers = {place: shard for shard, place in enumerate(_places(sources))}
@@ -122,7 +134,34 @@ def gather_stats(
         _find_duplicates(repeats, sources, shards, lines)
     known = target.config is not None or wishes.tokenizer is not None
     sampled = any(wish.text_frac < 1 for _, wish in jobs)
-    return Stats(sources, ("sample" if sampled else "all") if known else "none", wishes.hashes)
+    warnings = [*_warnings(sources, target), *lists.warnings(), *_absent_labels(sources)]
+    for name, text in warnings:
+        _log.warning("%s: %s", name, text)
+    told = [{"source": name, "warning": text} for name, text in warnings]
+    return Stats(sources, ("sample" if sampled else "all") if known else "none", wishes.hashes, told)
+
+
+def _warnings(sources: list[SourceStats], target: Target) -> Iterator[tuple[str, str]]:
+    """(source, sentence) about what the headers show to be hardly meant so; see `trichord data lint` for all of it."""
+    for source, config in zip(sources, target.shards.sources):
+        returning = sum(facts.returning for facts in source.shards)
+        if returning:
+            yield (
+                source.name,
+                scattered(returning, [key for facts in source.shards for key in facts.returning_examples][:3]),
+            )
+        members = {ext: count["count"] for ext, count in source.members.items()}
+        yield from ((source.name, text) for text in sentences(unmapped(members, config.fields)))
+
+
+def _absent_labels(sources: list[SourceStats]) -> Iterator[tuple[str, str]]:
+    """(label, sentence) for each one that no sample has."""
+    total = Stats(sources, "none", False).total
+    for key, label in total.labels.items():
+        if label.absent:
+            keys = ", ".join(f"{name} ({count})" for name, count in total.json_keys.most_common(_KEYS_SHOWN))
+            there = f"their json members have the keys {keys}" if keys else "none of them has a json member with keys"
+            yield f"label {key}", f"no sample of {total.samples} has it; {there}"
 
 
 def _opened(file: Path) -> IO[str]:
@@ -132,7 +171,7 @@ def _opened(file: Path) -> IO[str]:
         raise ConfigError(f"--duplicates {file}: cannot be written: {error.strerror}") from error
 
 
-def _walk(target: Target, number: int, processes: Processes) -> SourceStats:
+def _walk(target: Target, number: int, processes: Processes, lists: ExcludeLists) -> SourceStats:
     config = target.shards.sources[number]
     source = SourceStats(config.name, config.weight)
     urls = expand_shards(config)
@@ -140,6 +179,7 @@ def _walk(target: Target, number: int, processes: Processes) -> SourceStats:
         for _, facts in processes.run(walk_shard, [(url, config.fields) for url in urls]):
             if facts.problem is not None:
                 raise DataError(f"{facts.problem}; `trichord data lint` lists all that is wrong")
+            lists.look(config.name, facts.url, facts.key_hashes)
             facts.key_hashes = b""
             source.shards.append(facts)
             advance(1)

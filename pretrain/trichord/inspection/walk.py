@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trichord.core.errors import DataError
+from trichord.inspection.exclusions import key_hash
 from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig
 from trichord.shards.index import load_index
@@ -80,7 +80,7 @@ def _walk(url: str, facts: ShardFacts) -> array:
             _count(found, facts)
             if found.key != last:
                 last = found.key
-                digest = hashlib.blake2b(last.encode(errors="surrogateescape"), digest_size=16).digest()
+                digest = key_hash(last)
                 hashes += digest
                 if digest in seen:
                     facts.returning += 1

@@ -36,7 +36,7 @@ class SampleFilter:
         bounds = config.model_dump(exclude={"exclude", "meta"})
         self._bounded = any(bound is not None for bound in bounds.values())
         digest = hashlib.blake2b(config.model_dump_json(exclude={"exclude"}).encode(), digest_size=16)
-        pairs = sorted({pair for path in config.exclude for pair in _read_excluded(path)})
+        pairs = sorted({pair for path in config.exclude for pair in read_exclude_list(path)})
         for shard, key in pairs:
             digest.update(json.dumps([shard, key]).encode())
         for shard in {shard for shard, _ in pairs}:
@@ -120,8 +120,12 @@ def _at_most(name: str, value: float, bound: float | None) -> None:
         raise FilteredSample(name)
 
 
-def _read_excluded(path: str) -> list[tuple[str, str]]:
-    """(base name of the shard, key) per line of a JSON-lines file; lines about a whole shard have no key."""
+def read_exclude_list(path: str) -> list[tuple[str, str]]:
+    """(base name of the shard, key) per line of a JSON-lines file; lines about a whole shard have no key.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it names no shard and key.
+    """
     pairs = []
     try:
         with open(path, encoding="utf-8") as file:

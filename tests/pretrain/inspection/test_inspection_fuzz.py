@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from trichord.cli import main
 from trichord.core.errors import DataError
 from trichord.inspection.fuzz import child, road
 from trichord.inspection.fuzz.campaign import run_campaign
@@ -44,7 +47,44 @@ def test_verb_prints_a_table_and_writes_what_it_counted(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 cases in" in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["cases"] == 3
-    assert not (tmp_path / "findings").exists()
+    assert json.loads((tmp_path / "findings" / "report.json").read_text())["next_case"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_campaign_that_is_stopped_leaves_no_process_and_says_how_far_it_got(tmp_path, number):
+    out = tmp_path / "findings"
+    command = [sys.executable, "-m", "trichord.cli", "data", "fuzz", "--cases", "100000", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    parent = psutil.Process(process.pid)
+    while len(children := parent.children()) < 2 or not all(ignores_sigterm(child.pid) for child in children):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert out.is_dir()
+    if number == signal.SIGKILL:
+        return
+    assert process.returncode == 128 + number
+    assert re.search(
+        r"^stopped after \d+ of 100000 cases with \d+ findings, .* --first \d+ --cases \d+ does the rest", said, re.M
+    )
+    assert json.loads((out / "report.json").read_text())["seed"] == 0
+    assert not list(tmp_path.glob("trichord-fuzz-*"))
+
+
+def ignores_sigterm(pid: int) -> bool:
+    """Whether a child has got as far as to have said so."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = re.search(r"^SigIgn:\s*(\w+)", status, re.MULTILINE)
+    return ignored is not None and bool(int(ignored[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_folder_for_findings_that_cannot_be_made_is_told_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["data", "fuzz", "--cases", "1", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_case_is_a_pure_function_of_seed_and_number(tmp_path):

@@ -162,6 +162,12 @@ def test_wrong_asks_are_answered(here, tmp_path, capsys):
     assert main(["data", "preview", "c.yaml", "--rank", "2", "--world-size", "2"]) == 2
     assert "--rank must be less than --world-size 2, got 2" in capsys.readouterr().err
     assert main(["data", "preview", "c.yaml", "shards.sources.talk.shards=none.tar"]) == 3
+    capsys.readouterr()
+    for shards in ("talk.tar", "."):
+        assert main(["data", "preview", shards]) == 2
+        assert (
+            f"takes a config, since rows depend on the model; got shards, {shards}. Make one" in capsys.readouterr().err
+        )
     (tmp_path / "file").write_text("")
     assert main(["data", "preview", "c.yaml", "--out", str(tmp_path / "file" / "p.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err

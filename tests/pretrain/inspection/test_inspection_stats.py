@@ -69,6 +69,22 @@ def test_sources_tokens_and_classes_of_a_config(configured, monkeypatch):
     assert stats["total"]["sample_tokens"]["min"] == 1 + 5 + 1 + in_stream(configured)
 
 
+def test_a_label_that_no_sample_has_is_told_with_the_keys_there_are(tmp_path, capsys):
+    members = [(f"{n}.json", json.dumps({"class": n % 2, "split": {"name": "a"}}).encode()) for n in range(4)]
+    shard = write_tar(
+        tmp_path / "s.tar", sorted([*members, *((f"{n}.txt", b"a") for n in range(5)), ("0.gif", b"GIF8")])
+    )
+    assert main(["data", "stats", str(shard), "--label", "clazz", "--json", str(tmp_path / "s.json")]) == 0
+    told = json.loads((tmp_path / "s.json").read_text())["warnings"]
+    assert told[1] == {
+        "source": "label clazz",
+        "warning": "no sample of 5 has it; their json members have the keys class (4), split.name (4)",
+    }
+    assert ".gif are mapped to no field" in told[0]["warning"]
+    assert told[1]["warning"] in capsys.readouterr().err
+    assert stats_of([str(shard)], Wishes(labels=("class", "split.name")))["warnings"] == told[:1]
+
+
 def in_stream(folder) -> int:
     """Stream tokens of an image in a model of towers only."""
     from trichord.config.load import load_run_config

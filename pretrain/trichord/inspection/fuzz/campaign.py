@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from trichord.batches.tokenizer import train_tokenizer
+from trichord.core.errors import ConfigError
+from trichord.core.status import write_atomically
+from trichord.core.stopping import signals_held
 from trichord.inspection.fuzz.case import make_case, write_case
 from trichord.inspection.fuzz.child import Verdict, serve
 from trichord.inspection.fuzz.corpus import base_samples
 from trichord.inspection.fuzz.road import Outcome
 
+REPORT_FILE = "report.json"
 MAX_SECONDS = 2.0
 MAX_BYTES = 2 * 2**30
 _TRIES = 3  # a slow case is tried again, since the machine may have been busy
@@ -31,9 +36,11 @@ _CONTEXT = get_context("fork")  # a crash costs a fork, not an import of everyth
 
 @dataclass
 class Report:
-    """What a campaign found. outcomes: cases by how they ended; families: the same by kind of fault."""
+    """What a campaign found. outcomes: cases by how they ended; families: the same by kind of fault. next_case: all
+    before it have been judged."""
 
     seed: int
+    next_case: int = 0
     cases: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     families: dict[str, Counter[str]] = field(default_factory=dict)
@@ -65,8 +72,10 @@ class _Child:
         self.number = -1
         self.deadline = time.monotonic() + _START_SECONDS
         self.connection, theirs = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=serve, args=(theirs, root, str(tokenizer), seed, max_bytes), daemon=True)
-        self.process.start()
+        told = (os.getpid(), theirs, root, str(tokenizer), seed, max_bytes)
+        self.process = _CONTEXT.Process(target=serve, args=told, daemon=True)
+        with signals_held():
+            self.process.start()
         theirs.close()
 
     def give(self, number: int, seconds: float) -> None:
@@ -99,7 +108,8 @@ class _Child:
 
 class _Campaign:
     def __init__(self, numbers: Sequence[int], seed: int, out: Path | None, root: Path, max_bytes: int) -> None:
-        self.report = Report(seed)
+        self.report = Report(seed, next_case=numbers[0])
+        self._judged: set[int] = set()
         self._todo = deque(numbers)
         self._out, self._root, self._max_bytes = out, root, max_bytes
         self._tries: Counter[int] = Counter()
@@ -108,7 +118,7 @@ class _Campaign:
         texts = [sample["txt"].decode() for sample in base_samples() if "txt" in sample]
         train_tokenizer(texts, "bpe", 300, self._tokenizer)
 
-    def run(self, workers: int, on_case: Callable[[], None] | None) -> None:
+    def run(self, workers: int, on_case: Callable[[Report], None] | None) -> None:
         children = [self._start() for _ in range(min(workers, len(self._todo)))]
         try:
             while children:
@@ -117,7 +127,7 @@ class _Campaign:
                     if child.connection in ready or time.monotonic() > child.deadline:
                         self._take(child, children)
                         if on_case is not None:
-                            on_case()
+                            on_case(self.report)
         finally:
             for child in children:
                 child.end()
@@ -170,6 +180,10 @@ class _Campaign:
 
     def _note(self, number: int, outcome: Outcome, trace: str) -> None:
         self.report.cases += 1
+        self._judged.add(number)
+        while self.report.next_case in self._judged:
+            self._judged.remove(self.report.next_case)
+            self.report.next_case += 1
         self.report.outcomes[outcome.kind] += 1
         case = make_case(self.report.seed, number)
         for family in case.families:
@@ -197,7 +211,7 @@ def run_campaign(
     first: int = 0,
     out: Path | None = None,
     max_bytes: int = MAX_BYTES,
-    on_case: Callable[[], None] | None = None,
+    on_case: Callable[[Report], None] | None = None,
 ) -> Report:
     """Attack the data road with `cases` mangled shards, numbered from `first`.
 
@@ -207,12 +221,33 @@ def run_campaign(
     connection, an unpickling, a sample that is neither given nor left out, or a second reading that ends otherwise.
 
     Args:
-        out: folder for reproducers, one folder per finding. on_case: called after each answer.
+        out: folder for reproducers, one folder per finding, and for `report.json`, which a campaign that is stopped
+            leaves too. on_case: called with what is known after each answer.
+
+    Raises:
+        ConfigError: `out` cannot be made.
     """
     begun = time.monotonic()
+    _make_folder(out)
     with tempfile.TemporaryDirectory(prefix="trichord-fuzz-") as root:
         campaign = _Campaign(range(first, first + cases), seed, out, Path(root), max_bytes)
-        campaign.run(workers, on_case)
-    campaign.report.seconds = round(time.monotonic() - begun, 1)
-    campaign.report.findings.sort(key=lambda finding: finding["case"])
-    return campaign.report
+        report = campaign.report
+        try:
+            campaign.run(workers, on_case)
+        finally:
+            report.seconds = round(time.monotonic() - begun, 1)
+            report.findings.sort(key=lambda finding: finding["case"])
+            if out is not None:
+                write_atomically(out / REPORT_FILE, json.dumps(report.to_json(), indent=2) + "\n")
+    return report
+
+
+def _make_folder(out: Path | None) -> None:
+    """Now, not when the first finding is there, hours later."""
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: expected a folder to write to, and it cannot be made: {error.strerror}"
+        ) from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from trichord.core.processes import STOP_SIGNALS, die_with_parent
 from trichord.inspection.fuzz.case import Case, make_case, write_case
 from trichord.inspection.fuzz.guard import Guard, enter_sandbox, has_children, peak_mib, sweep
 from trichord.inspection.fuzz.road import Outcome, drive
@@ -34,10 +35,15 @@ class Verdict:
     trace: str = ""
 
 
-def serve(connection: Connection, root: Path, tokenizer: str, seed: int, max_bytes: int) -> None:
-    """Answer each case number with a `Verdict`; None ends the process. The first answer, `-1`, is that all is warm."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def serve(parent_pid: int, connection: Connection, root: Path, tokenizer: str, seed: int, max_bytes: int) -> None:
+    """Answer each case number with a `Verdict`; None ends the process. The first answer, `-1`, is that all is warm.
+
+    Signals to stop are the parent's business, with which this process ends, however that does.
+    """
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    die_with_parent(parent_pid)
     root.mkdir(parents=True)
     log = os.open(root / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)  # decoders in C print to these
