@@ -16,6 +16,8 @@ MICRO_ROWS = {1: (16, 4), 2: (8, 2), 4: (4, 1)}  # accumulation 1 and 4
 
 def options(stage: int) -> dict:
     chosen = {"zero_stage": stage, "precision": "fp32", "lr": 5e-3, "timeout_s": 60.0, "max_grad_norm": 0.5}
+    if stage == 2:  # several messages in a backward pass, which a model as small as this would never fill
+        chosen["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}}
     if stage == 3:
         chosen["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return chosen

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +12,11 @@ from torch import Tensor, nn
 
 from trichord.batches.packed_batch import PackedBatch
 from trichord.core.dist import RankFacts, rank_facts
-from trichord.core.log import FILE_ONLY, get_logger
+from trichord.core.log import get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 from trichord.engine.ema import WeightAverage
-from trichord.engine.job import check_job, refused_overlay
+from trichord.engine.job import check_job, overlay_named
 from trichord.engine.matrices import matrix_rounds
 from trichord.engine.muon import Muon
 from trichord.engine.optimizers import build_optimizer
@@ -140,7 +138,7 @@ def build_engine(
         hand_over(model, slices, config, COMPUTE_DTYPES[engine.precision])
     share_sequences(model, engine)
     wrapped = EngineModule(model if engine.offload == "all" else model.to(device))
-    with _overlay_named(engine):
+    with overlay_named(engine):
         built, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=config, dist_init_required=False)
     apply_timeout(engine.timeout_s)
     if isinstance(optimizer, Muon):
@@ -148,22 +146,6 @@ def build_engine(
         optimizer.place(matrix_rounds(built, lambda parameter: parts[id(parameter)]))
     built.weight_average = WeightAverage(built, engine.ema_decay) if engine.ema_decay is not None else None
     return built
-
-
-@contextmanager
-def _overlay_named(engine: EngineConfig) -> Iterator[None]:
-    """What DeepSpeed does not take of the user's overlay it says in many ways, none of them a bug of this run.
-
-    Raises:
-        ConfigError: it fails, and there is an overlay. The traceback is in the log of the rank.
-    """
-    try:
-        yield
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        if not engine.deepspeed:
-            raise
-        log.error("DeepSpeed refuses the overlay", exc_info=True, extra=FILE_ONLY)
-        raise refused_overlay(engine.deepspeed, error) from error
 
 
 def _tell_untested(engine: EngineConfig) -> None:

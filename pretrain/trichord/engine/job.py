@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from trichord.core.errors import ConfigError
+from trichord.core.log import FILE_ONLY, get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
+
+log = get_logger(__name__)
 
 
 def check_job(engine: EngineConfig, micro_rows: int, world_size: int) -> None:
@@ -34,7 +39,23 @@ def check_job(engine: EngineConfig, micro_rows: int, world_size: int) -> None:
         _check_nvme(Path(engine.nvme_path))
 
 
-def refused_overlay(overlay: dict[str, Any], error: BaseException) -> ConfigError:
+@contextmanager
+def overlay_named(engine: EngineConfig) -> Iterator[None]:
+    """What DeepSpeed does not take of the user's overlay it says in many ways, none of them a bug of this run.
+
+    Raises:
+        ConfigError: it fails, and there is an overlay. The traceback is in the log of the rank.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        if not engine.deepspeed:
+            raise
+        log.error("DeepSpeed refuses the overlay", exc_info=True, extra=FILE_ONLY)
+        raise _refused_overlay(engine.deepspeed, error) from error
+
+
+def _refused_overlay(overlay: dict[str, Any], error: BaseException) -> ConfigError:
     """DeepSpeed's own words, on one line."""
     said = " ".join(str(error).split())[:300] or "no reason"
     return ConfigError(
@@ -65,14 +86,14 @@ def _check_deepspeed(engine: EngineConfig, config: dict[str, Any]) -> None:
     except ValidationError as error:
         raise _explained(engine.deepspeed, error) from error
     except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise refused_overlay(engine.deepspeed, error) from error
+        raise _refused_overlay(engine.deepspeed, error) from error
 
 
 def _explained(overlay: dict[str, Any], error: ValidationError) -> ConfigError:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     if error.title != DeepSpeedZeroConfig.__name__:
-        return refused_overlay(overlay, error)
+        return _refused_overlay(overlay, error)
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]

@@ -279,7 +279,7 @@ def test_one_in_flight_and_the_newest_waits(s3, tmp_path, monkeypatch, caplog):
 
 
 def test_a_place_that_no_file_system_knows(tmp_path):
-    with pytest.raises(ConfigError, match="^checkpoints at 'nosuch://x"):
+    with pytest.raises(ConfigError, match=r"^checkpoints at 'nosuch://x"):
         Mirror(tmp_path / "demo", config(mirror="nosuch://x"))
     with pytest.raises(ConfigError, match=r"^checkpoints\.mirror: checkpoints at 'nosuch://x"):
         require_place("nosuch://x", tmp_path / "demo")
@@ -292,6 +292,8 @@ def test_a_disk_that_cannot_be_written_is_found_at_the_start(tmp_path, caplog):
     assert list((tmp_path / "copies" / "demo").iterdir()) == []
     with pytest.raises(ConfigError, match=r"checkpoints\.mirror .*file cannot be written: Not a directory; choose"):
         require_place(str(file), run)
+    with pytest.raises(ConfigError, match=r"checkpoints\.mirror /proc cannot be written"):
+        require_place("/proc", tmp_path / "sys")  # the folder is there
     make(run, 10)
     require_place(str(file), run)
     assert "cannot be written: Not a directory: there are no copies until it can" in caplog.text

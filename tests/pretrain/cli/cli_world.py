@@ -1,6 +1,7 @@
 """A tiny world for the command line: one shard, one tokenizer, one config that trains in a second."""
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -80,6 +81,7 @@ def in_a_fork(
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 os.chdir(folder)
                 os.environ.update(environment or {})
+                logging.root.handlers.clear()  # pytest's, which would keep what nobody has set up a log for from stderr
                 code = main(arguments)
             except BaseException:
                 traceback.print_exc()

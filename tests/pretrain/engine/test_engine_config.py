@@ -1,10 +1,14 @@
 """The DeepSpeed JSON is a pure function of the typed config, and an overlay cannot contradict what is typed."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from trichord.core.errors import ConfigError
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import bucket_elements, deepspeed_config
+from trichord.engine.overlay import REFUSED, TAKEN
 
 PINNED = {"pin_memory": True}
 ZERO = "zero_optimization"
@@ -151,3 +155,10 @@ def test_overlay_tunes_the_loss_scale_of_the_run_s_own_precision():
 def test_stage_0_with_low_precision_is_refused(precision):
     with pytest.raises(ValueError, match="zero_stage 0 with precision"):
         EngineConfig(zero_stage=0, precision=precision)
+
+
+def test_the_guide_s_table_has_every_name():
+    guide = (Path(__file__).parents[3] / "docs/guides/training.md").read_text()
+    table = guide[guide.index("| In `engine.deepspeed` |") :].split("\n\n")[0]
+    first_cells = " ".join(line.split("|")[1] for line in table.splitlines())
+    assert set(re.findall(r"`(\w+)`", first_cells)) == {*TAKEN, *REFUSED}

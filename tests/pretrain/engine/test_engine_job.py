@@ -6,7 +6,7 @@ from deepspeed.runtime import config as deepspeed_config
 
 from trichord.core.errors import ConfigError
 from trichord.engine.config import EngineConfig
-from trichord.engine.job import check_job
+from trichord.engine.job import check_job, overlay_named
 from trichord.engine.overlay import REFUSED, TAKEN
 
 NVME = {"zero_stage": 3, "offload": "optimizer"}
@@ -76,6 +76,15 @@ class Cpu:
     @staticmethod
     def device_name():
         return "cpu"
+
+
+def test_what_the_engine_refuses_of_an_overlay_is_one_line_and_no_bug_is_taken_for_that():
+    engine = EngineConfig(deepspeed={"timers": {}, "aio": {}})
+    said = r"engine\.deepspeed \(timers, aio\): AssertionError: no such thing; correct"
+    with pytest.raises(ConfigError, match=said), overlay_named(engine):
+        raise AssertionError("no such\n  thing")
+    with pytest.raises(AssertionError, match="a bug"), overlay_named(EngineConfig()):
+        raise AssertionError("a bug")
 
 
 def test_nvme_needs_a_folder_and_libaio(tmp_path, monkeypatch):
