@@ -9,6 +9,7 @@ import typer
 
 from trichord.cli.app import data_app
 from trichord.core.errors import DataError
+from trichord.core.stopping import stoppable
 
 
 class TokenizerKind(str, Enum):
@@ -47,8 +48,9 @@ def data_index(
     configure_storage(target.shards.storage)
     named = [(source, expand_shards(source)) for source in target.sources]
     headers, failures = [], []
+    words = "stopped; the sidecars that were made stay, and the same command goes on"
     for source, urls in named:
-        with work_progress(f"index {source.name}", len(urls)) as advance:
+        with stoppable(lambda: words), work_progress(f"index {source.name}", len(urls)) as advance:
             headers += index_shards(
                 urls,
                 workers,

@@ -2,13 +2,15 @@
 
 import ast
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from building_world import digests, make_world
+from building_world import digests, make_world, put
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -49,6 +51,28 @@ def test_a_bad_sample_in_a_ray_task_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 3
     assert "otter/c.jpg: not an image" in done.stderr
+
+
+def test_a_stopped_build_ends_its_cluster_and_says_one_line(tmp_path):
+    make_world(tmp_path)
+    before = _ray_processes()
+    put(tmp_path / "t.jsonl", '{"text": "a"}\n' * 20_000)
+    words = ["data", "build", "t.jsonl", "--samples-per-shard", "1", "--workers", "2", "--ray", "--out", "out"]
+    code = f"import sys; from trichord.cli import main; sys.exit(main({words!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out/.shard.partial").glob("0*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(r"^stopped; \d+ of 20000 shards are there", said.splitlines()[-1])
+    assert "SIGTERM received" not in said, "Ray's C++ handler prints its stack"
+    while _ray_processes() - before:
+        assert time.monotonic() < deadline, "Ray outlives the build"
+        time.sleep(0.2)
 
 
 LISTENING = """
