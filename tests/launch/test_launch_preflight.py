@@ -11,6 +11,11 @@ import pytest
 from preflight_world import Ready, failed, write_shard
 from test_launch_cli import BLOCK
 
+from trichord.core.errors import ConfigError
+from trichord_launch.preflight.plan_file import read_plan
+from trichord_launch.preflight.plan_findings import check_plan, usable_plan
+from trichord_launch.preflight.request import Request, load
+
 
 @pytest.fixture
 def ready(tmp_path):
@@ -33,14 +38,13 @@ def test_a_run_that_is_ready(ready):
 
 
 def test_ranks_that_do_not_fit_the_run_are_found(ready):
-    plan = ready.folder / "plan.json"
-    plan.write_text(json.dumps({"run": "words", "gpus": 6, "checkpoint": {"bytes": 1}}))
+    planned = plan(ready, 1, gpus=6)
     heads = "fusion.trunk.num_heads=4", "fusion.trunk.num_kv_heads=4"
-    code, findings = ready.preflight("engine.sequence_parallel=4", *heads, "--plan", plan)
+    code, findings = ready.preflight("engine.sequence_parallel=4", *heads, "--plan", planned)
     found = failed(findings)["ranks"]
     assert (code, found["detail"]) == (2, "words: engine.sequence_parallel 4 does not divide the 6 ranks of this job")
     assert found["remedy"] == "start 4 or 8 ranks, or set it to a divisor of the ranks"
-    code, findings = ready.preflight("engine.sequence_parallel=2", "--plan", plan)
+    code, findings = ready.preflight("engine.sequence_parallel=2", "--plan", planned)
     (warned,) = [finding for finding in findings if finding["check"] == "ranks"]
     assert (code, warned["verdict"]) == (0, "warn")
     assert warned["detail"].endswith("so 2 of 6 ranks would idle")
@@ -124,6 +128,9 @@ def test_stale_and_missing_sidecars_are_warned_of(ready):
     assert found["remedy"].startswith(f'trichord data index "{ready.folder}/data/words-*.tar"')
     told = next(finding for finding in findings if finding["check"] == "samples")["detail"]
     assert told.startswith("about 1"), "two of three are not counted, but walked over"
+    _, findings = ready.preflight("shards.sources.words.fields={text: [txt, label]}")
+    found = next(finding for finding in findings if finding["check"] == "sidecars words")
+    assert found["remedy"].startswith("trichord data index CONFIG [overrides]")
 
 
 def test_too_few_samples_are_found(ready):
@@ -164,7 +171,7 @@ def test_a_backbone_that_was_not_fetched_is_found(ready, key, value):
 
 def plan(ready, size: int, **more):
     path = ready.folder / "plan.json"
-    facts = {"format": 1, "run": "words", "gpus": 4, "checkpoint": {"bytes": size}, **more}
+    facts = {"format": 1, "run": "words", "gpus": 4, "checkpoint": {"bytes": size}, "config": {}, **more}
     path.write_text(json.dumps(facts))
     return path
 
@@ -278,7 +285,7 @@ def test_of_several_faults_the_config_decides_the_exit_code(ready):
     ("words", "said"),
     [
         (["engine.lrr=1"], "lrr"),
-        (["--plan", "none.json"], "none.json cannot be read"),
+        (["--plan", "none.json"], "--plan none.json: no such file"),
         (["--nodes", "2"], "--nodes and --nodes-list look at nodes of a Slurm cluster"),
         (["--nodes", "2", "--cluster", "example-512gpu", "--procs", "2"], "give one of them"),
         (["--nodes", "65", "--cluster", "example-512gpu"], "--nodes must be 1 to 64"),
@@ -293,16 +300,74 @@ def test_mistakes_are_findings_too(ready, words, said):
     assert said in failed(findings)["config"]["detail"] + failed(findings)["config"]["remedy"]
 
 
-def test_a_plan_of_another_run_or_for_larger_gpus_is_told(ready):
-    code, findings = ready.preflight("--plan", plan(ready, 10, run="other"))
-    assert code == 0
-    told = next(finding for finding in findings if finding["check"] == "plan")
-    assert (told["verdict"], told["detail"].partition(" is ")[2]) == ("warn", "of run 'other' on 4 GPUs")
+def told_of_plan(ready, *words) -> tuple[int, dict, str]:
+    """(exit code, what is said of the plan, how the size of a checkpoint is known)."""
+    code, findings = ready.preflight(*words)
+    found = {finding["check"]: finding for finding in findings}
+    return code, found["plan"], found["disk"]["detail"]
+
+
+def test_a_plan_of_another_run_or_config_is_told_and_its_figures_are_not_used(ready):
+    huge = {"memory": {"device_bytes": 2**60}}
+    keys = {"fusion.trunk.hidden_size": 16, "engine.zero_stage": 1, "fusion.trunk.num_layers": 1}
+    for more, said in (
+        ({"run": "other", "config": keys}, "is of run 'other' on 4 GPUs"),
+        ({"config": {**keys, "fusion.trunk.num_layers": 9}}, "(fusion.trunk.num_layers: 9 in the plan, 1 now)"),
+        ({"config": {**keys, "encoders.vision.name": "x"}}, "(encoders.vision: set in the plan, not set now)"),
+        ({"config": {**keys, "fusion.trunk": None}}, "(fusion.trunk: not set in the plan, set now)"),
+        ({"config": None}, "does not say of which config it is (an older version made it)"),
+    ):  # fmt: skip
+        path = plan(ready, 2**60, **huge, **more)
+        if more["config"] is None:
+            path.write_text(path.read_text().replace(', "config": null', ""))
+        code, told, disk = told_of_plan(ready, "--plan", path, "--cluster", "example-8gpu")
+        assert (code, told["verdict"]) == (0, "warn"), told
+        assert said in told["detail"]
+        assert told["detail"].endswith("its figures are not used")
+        assert told["remedy"] == f"trichord plan {ready.config} --gpus 4 --save plan.json"
+        assert "(LOWER BOUND from the config)" in disk
+    path = plan(ready, 10**6, config=keys)
+    code, told, disk = told_of_plan(ready, "--plan", path)
+    assert told == {**told, "verdict": "pass", "detail": "plan.json, of this run and config on 4 GPUs"}
+    assert "(PREDICTION of plan.json)" in disk
+    code, told, disk = told_of_plan(ready, "fusion.trunk.hidden_size=512", "engine.zero_stage=2", "--plan", path)
+    said = "(fusion.trunk.hidden_size: 16 in the plan, 512 now; engine.zero_stage: 1 in the plan, 2 now)"
+    assert said in told["detail"]
+    changed = "fusion.trunk.hidden_size=512 engine.zero_stage=2"
+    assert told["remedy"] == f"trichord plan {ready.config} {changed} --gpus 4 --save plan.json"
+    assert "LOWER BOUND" in disk
+
+
+def test_a_plan_for_larger_gpus_or_another_number_of_them_is_told(ready):
     large = plan(ready, 10, memory={"device_bytes": 100 * 2**30})
     code, findings = ready.preflight("--plan", large, "--cluster", "example-8gpu")
     assert code == 2
     assert "a rank needs 100.0 GiB (PREDICTION)" in failed(findings)["plan"]["detail"]
     assert "zero_stage" in failed(findings)["plan"]["remedy"]
+    request = Request(str(ready.config), plan=str(large), procs=1)
+    assert check_plan(load(request))[0].detail.endswith("on 4 GPUs, not 1: its memory of a rank is not used")
+    usable = usable_plan(load(request))
+    assert (usable.checkpoint_bytes, usable.device_bytes) == (10, None), "a checkpoint is as large on any number"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a plan: a list and no mapping"),
+        ('{"sources": []}', "not a plan: it has no checkpoint"),
+        ('{"checkpoint": {"bytes": 1}}', "not a plan: it does not say of which run"),
+        ('{"run": "a", "gpus": 1, "checkpoint": {"bytes": "1"}}', "not a plan: sizes that are no numbers"),
+        ('{"format": 9}', "plan format 9, this version reads 1"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_told_in_words(ready, text, said):
+    path = ready.folder / "plan.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said) as raised:
+        read_plan(path)
+    assert str(raised.value).endswith("make it again: trichord plan CONFIG --gpus N --save plan.json")
+    assert "Error" not in str(raised.value), "no names of Python's exceptions"
 
 
 def test_wandb_says_what_it_will_do(ready, monkeypatch):

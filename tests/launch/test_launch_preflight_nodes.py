@@ -149,7 +149,7 @@ def test_every_command_of_the_guide_that_needs_no_slurm(ready, monkeypatch):
     monkeypatch.chdir(ready.folder)
     ready.config.rename("mine.yaml")
     (ready.folder / "mycluster.yaml").write_text("name: a\nnodes: 2\ngpus_per_node: 2\nslurm: {partition: gpu}\n")
-    (ready.folder / "plan.json").write_text('{"run": "words", "gpus": 2, "checkpoint": {"bytes": 9}}')
+    (ready.folder / "plan.json").write_text('{"run": "words", "gpus": 2, "checkpoint": {"bytes": 9}, "config": {}}')
     told = [words for words in guide_commands() if "--nodes" not in words and "--procs" not in words]
     assert len(told) == len(guide_commands()) - 2 == 4
     for program, *words in told:

@@ -12,6 +12,8 @@ from trichord_launch.preflight.fetch import fetch
 from trichord_launch.preflight.finding import Finding, of_error
 from trichord_launch.preflight.folders import check_folders
 from trichord_launch.preflight.models import check_models, references
+from trichord_launch.preflight.plan_file import Plan
+from trichord_launch.preflight.plan_findings import check_plan, usable_plan
 from trichord_launch.preflight.port import check_port
 from trichord_launch.preflight.request import Loaded
 from trichord_launch.preflight.samples import check_samples
@@ -19,14 +21,12 @@ from trichord_launch.preflight.shards import SourceFacts, check_shards
 from trichord_launch.preflight.space import check_space
 from trichord_launch.preflight.wandb import check_wandb
 
-_GIB = 2**30
-
 
 def check_login_node(loaded: Loaded) -> tuple[list[Finding], list[SourceFacts]]:
     """Findings in the order in which a run would meet what they speak of, and what is known of the shards."""
-    config, request = loaded.config, loaded.request
-    findings = [Finding("config", "pass", f"{request.config} is the run {config.run.name!r}"), *_plan(loaded)]
-    findings += _ranks(loaded)
+    config, request, plan = loaded.config, loaded.request, usable_plan(loaded)
+    findings = [Finding("config", "pass", f"{request.config} is the run {config.run.name!r}"), *check_plan(loaded)]
+    findings += _ranks(loaded, plan)
     findings += _guarded("run folder", lambda: check_folders(config))
     findings += check_checkpoint(config)
     shards, sources = check_shards(config)
@@ -35,37 +35,16 @@ def check_login_node(loaded: Loaded) -> tuple[list[Finding], list[SourceFacts]]:
     if request.fetch:
         findings += fetch(references(config))
     findings += check_models(config, request.config)
-    findings += _guarded("disk", lambda: [check_space(config, loaded.plan, request.config)])
+    findings += _guarded("disk", lambda: [check_space(config, plan, request.run_words)])
     findings.append(check_wandb(config))
     if not request.wants_nodes:  # the first node's is the one that counts
         findings.append(check_port(request.port, {**os.environ, **(loaded.cluster.env if loaded.cluster else {})}))
     return findings, sources
 
 
-def _plan(loaded: Loaded) -> list[Finding]:
-    """Whether the plan is one of this run on this many GPUs, and fits the memory of the cluster's."""
-    plan, cluster, request = loaded.plan, loaded.cluster, loaded.request
-    if plan is None:
-        return []
-    ranks = _asked_ranks(loaded)
-    again = f"trichord plan {request.config} --gpus {ranks or plan.gpus} --save {plan.path.name}"
-    if plan.run != loaded.config.run.name or (ranks is not None and ranks != plan.gpus):
-        said = f"{plan.path} is of run {plan.run!r} on {plan.gpus} GPUs"
-        return [Finding("plan", "warn", said, again, "config")]
-    gpu = cluster.gpu if cluster is not None else None
-    if plan.device_bytes is None or gpu is None:
-        return [Finding("plan", "pass", f"{plan.path.name}, of this run on {plan.gpus} GPUs")]
-    said = f"a rank needs {plan.device_bytes / _GIB:.1f} GiB (PREDICTION), a {gpu.name} has {gpu.memory_gib:.1f}"
-    if plan.device_bytes / _GIB > gpu.memory_gib:
-        remedy = "a higher engine.zero_stage, fewer batches.micro_rows, activation checkpointing, or more GPUs"
-        return [Finding("plan", "fail", said, remedy, "config")]
-    return [Finding("plan", "pass", said)]
-
-
-def _ranks(loaded: Loaded) -> list[Finding]:
+def _ranks(loaded: Loaded, plan: Plan | None) -> list[Finding]:
     """Whether groups divide the ranks, and each has a row; no line where their number is not known."""
-    asked = _asked_ranks(loaded)
-    ranks = asked or (loaded.plan.gpus if loaded.plan is not None else None)
+    ranks = loaded.asked_ranks or (plan.gpus if plan is not None else None)
     if ranks is None:
         return []
     try:
@@ -78,12 +57,6 @@ def _ranks(loaded: Loaded) -> list[Finding]:
     return [Finding("ranks", "warn", what, remedy, "config") for what, _, remedy in warnings] or [
         Finding("ranks", "pass", f"{ranks}, with {rows} rows of each step to share")
     ]
-
-
-def _asked_ranks(loaded: Loaded) -> int | None:
-    """Ranks of the nodes, or of this machine, that are to be looked at."""
-    request, cluster = loaded.request, loaded.cluster
-    return request.node_count * cluster.gpus_per_node if cluster is not None and request.wants_nodes else request.procs
 
 
 def _guarded(check: str, work: Callable[[], list[Finding]]) -> list[Finding]:

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
 
 _FORMAT = 1
+_AGAIN = "make it again: trichord plan CONFIG --gpus N --save plan.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one checkpoint, and of device memory that a rank needs (None: not predicted)."""
+    """Bytes of one checkpoint, and of device memory that a rank needs (None: not predicted). keys: those of the config
+    that both follow from, dotted, and their values as JSON; None where the plan does not say."""
 
     path: Path
     run: str
     gpus: int
     checkpoint_bytes: int
     device_bytes: int | None
+    keys: Mapping[str, Any] | None = None
+
+    def differing(self, config: RunConfig) -> list[str]:
+        """Keys whose values the plan was made with are not the config's, as `key: value in the plan, value now`."""
+        now = config.model_dump(mode="json")
+        found: dict[str, tuple[Any, Any]] = {}
+        for path, value in (self.keys or {}).items():
+            there, current = _value_at(now, path)
+            if there != path:  # a whole part came or went, named once
+                found[there] = ("set", current)
+            elif current != value:
+                came = value is None and isinstance(current, dict)
+                found[path] = (value, "set" if came else current)
+        return [f"{path}: {_shown(old)} in the plan, {_shown(new)} now" for path, (old, new) in found.items()]
 
 
 def read_plan(path: Path) -> Plan:
@@ -28,16 +47,49 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ConfigError: there is none, or it is not of this form.
     """
-    again = "make it again: trichord plan CONFIG --gpus N --save plan.json"
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
-        if facts.get("format", _FORMAT) != _FORMAT:
-            raise ConfigError(f"{path} has plan format {facts['format']!r}, this version reads {_FORMAT}; {again}")
-        memory = facts.get("memory") or {}
-        needed = memory.get("device_bytes")
-        size = int(facts["checkpoint"]["bytes"])
-        return Plan(Path(path), str(facts["run"]), int(facts["gpus"]), size, None if needed is None else int(needed))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--plan {path}: no such file; {_AGAIN}") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; {again}") from error
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(f"{path} is no plan that can be read ({type(error).__name__}: {error}); {again}") from error
+        raise ConfigError(f"--plan {path}: cannot be read: {error.strerror}; {_AGAIN}") from error
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"--plan {path}: not JSON; {_AGAIN}") from error
+    return _plan_of(Path(path), facts)
+
+
+def _plan_of(path: Path, facts: Any) -> Plan:
+    if not isinstance(facts, dict):
+        raise ConfigError(f"--plan {path}: not a plan: a {type(facts).__name__} and no mapping; {_AGAIN}")
+    if facts.get("format", _FORMAT) != _FORMAT:
+        raise ConfigError(f"{path} has plan format {facts['format']!r}, this version reads {_FORMAT}; {_AGAIN}")
+    run, gpus, size = facts.get("run"), facts.get("gpus"), _part(path, facts, "checkpoint").get("bytes")
+    device = _part(path, {"memory": {}, **facts}, "memory").get("device_bytes")
+    if not isinstance(run, str) or not isinstance(gpus, int):
+        raise ConfigError(f"--plan {path}: not a plan: it does not say of which run and how many GPUs; {_AGAIN}")
+    if not isinstance(size, int) or not isinstance(device, int | None):
+        raise ConfigError(f"--plan {path}: not a plan: sizes that are no numbers of bytes; {_AGAIN}")
+    return Plan(path, run, gpus, size, device, _part(path, facts, "config") if "config" in facts else None)
+
+
+def _part(path: Path, facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(facts.get(name), dict):
+        raise ConfigError(f"--plan {path}: not a plan: it has no {name}; {_AGAIN}")
+    return facts[name]
+
+
+def _value_at(data: Any, path: str) -> tuple[str, Any]:
+    """(how far the path leads, the value there): not to its end where a part on the way is not there."""
+    parts = path.split(".")
+    for number, part in enumerate(parts):
+        if not isinstance(data, dict) or part not in data:
+            return ".".join(parts[:number]), data
+        data = data[part]
+    return path, data
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else text[:37] + "..."

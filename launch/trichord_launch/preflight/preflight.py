@@ -10,6 +10,7 @@ from trichord.core.errors import TrichordError
 from trichord.core.status import write_atomically
 from trichord_launch.preflight.finding import Finding, of_error
 from trichord_launch.preflight.login import check_login_node
+from trichord_launch.preflight.plan_findings import usable_plan
 from trichord_launch.preflight.report import as_json
 from trichord_launch.preflight.request import Loaded, Request, load, new_record, node_check
 from trichord_launch.preflight.shards import SourceFacts
@@ -48,7 +49,8 @@ def _look_at_nodes(loaded: Loaded, sources: list[SourceFacts], result: Result, s
         result.findings.append(Finding("nodes", "skip", "there is no folder to write what they say into"))
         return
     record = new_record(loaded.config)
-    check = node_check(loaded, record, sources)
+    plan = usable_plan(loaded)
+    check = node_check(loaded, record, sources, plan.device_bytes if plan is not None else None)
     ask = ask_slurm if loaded.request.wants_nodes else ask_this_machine
     try:
         found, result.links = ask(loaded, record, check, say)

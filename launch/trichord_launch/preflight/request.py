@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Request:
     time: str = "10"
 
     @property
+    def run_words(self) -> str:
+        """The config and its overrides, as they are given to a command."""
+        return shlex.join((self.config, *self.overrides))
+
+    @property
     def wants_nodes(self) -> bool:
         return self.nodes is not None or bool(self.node_list)
 
@@ -59,6 +65,12 @@ class Loaded:
     config: RunConfig
     cluster: ClusterConfig | None
     plan: Plan | None
+
+    @property
+    def asked_ranks(self) -> int | None:
+        """Ranks of the nodes, or of this machine, that are to be looked at."""
+        on_nodes = self.cluster is not None and self.request.wants_nodes
+        return self.request.node_count * self.cluster.gpus_per_node if on_nodes else self.request.procs
 
 
 def load(request: Request) -> Loaded:
@@ -106,15 +118,15 @@ def new_record(config: RunConfig) -> Path:
     return folder
 
 
-def node_check(loaded: Loaded, record: Path, sources: Sequence[SourceFacts]) -> NodeCheck:
-    """What each node must pass: what a job asks of it, and what is known here of the run."""
+def node_check(loaded: Loaded, record: Path, sources: Sequence[SourceFacts], device_bytes: int | None) -> NodeCheck:
+    """What each node must pass: what a job asks of it, and what is known here of the run. device_bytes: that a rank
+    needs by its plan."""
     limits = loaded.cluster.node_check.model_dump() if loaded.cluster is not None else {}
     gpu = loaded.cluster.gpu if loaded.cluster is not None else None
-    needed = loaded.plan.device_bytes if loaded.plan is not None else None
     token = (record / TOKEN_FILE).read_text(encoding="utf-8").strip()
     return NodeCheck(
         **limits,
-        min_device_gib=max(gpu.memory_gib if gpu is not None else 0.0, (needed or 0) / _GIB),
+        min_device_gib=max(gpu.memory_gib if gpu is not None else 0.0, (device_bytes or 0) / _GIB),
         commit=True,
         see=tuple(paths_to_see(loaded.config, sources)),
         token=(str(record / TOKEN_FILE), token),

@@ -21,7 +21,8 @@ _STATE_BYTES = {"adamw": 8, "adam": 8, "muon": 4, "adamw_8bit": 2, "rmsprop": 4}
 
 
 def check_space(config: RunConfig, plan: Plan | None, config_name: str) -> Finding:
-    """Free space against what checkpoints will take; quotas are not seen. config_name: as the user named it."""
+    """Free space against what checkpoints will take; quotas are not seen. config_name: as the user named it, with
+    overrides."""
     try:
         folder = run_path(config)
     except ConfigError as error:

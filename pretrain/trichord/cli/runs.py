@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
@@ -207,10 +208,12 @@ def plan(
 
     with advancing("planning") as show:
         facts = make_plan(run_config, Question(gpus, gpu, gpus_per_node, network, host_gib, stats, price), show)
-    print(render_plan(facts))
+    print(render_plan(facts, get_terminal_size((120, 24)).columns))
     write_json(json_file, facts)
     for path in save_plan(save, facts) if save is not None else ():
         print(path)
+    if save is not None and facts["overlay"] is None:
+        print("no overlay: nothing fits")
 
 
 @app.command()

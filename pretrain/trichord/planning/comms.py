@@ -5,8 +5,8 @@ Bytes are those of the whole tensor that a collective is about. What one of N ra
 2009). For an all-to-all they are what each rank puts in, and a rank sends (N - 1) / N of that.
 
 The time is an alpha-beta model: a latency per message and hop, and bytes over the slowest link of the ring. Hops are
-those of NCCL's own cost model (NVIDIA/nccl, src/graph/tuning.cc; PAT: Jeaugey 2025, arXiv 2506.20252), which for messages
-of megabytes and below is mostly latency:
+those of NCCL's own cost model (NVIDIA/nccl, src/graph/tuning.cc; PAT: Jeaugey 2025, arXiv 2506.20252); small messages
+are all latency:
 
     all-reduce        a tree: up and down the node's chain and the logarithm of the nodes
     all-gather,       a ring over all ranks: R - n hops inside of nodes and n - 1 between, for R ranks on n nodes, as

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trichord.core.errors import ConfigError
+from trichord.planning.advice import advice
 from trichord.planning.assumptions import assumptions
+from trichord.planning.dependence import keys_that_count
 from trichord.planning.gpus import Fabric, find_gpu
 from trichord.planning.layout import Layout, check_groups, split_of, states_of
 from trichord.planning.memory import GIB, checkpoint_bytes
 from trichord.planning.recomputation import MODES
 from trichord.planning.roofline import collectives_of, flops_of_rows, model_flops
-from trichord.planning.search import SCALES, Machine, Outcome, best_layout, judge, scaling
+from trichord.planning.search import SCALES, Machine, Outcome, best_layout, judge, largest_useful, scaling
+from trichord.planning.shortfall import limits, shortfall
 from trichord.planning.subject import RunToPlan, Subject
 from trichord.planning.workload import find_workload
 
@@ -78,6 +81,7 @@ def plan(
     own = steps.done(judge(subject, chosen, question.gpus, machine))
     best = steps.done(best_layout(subject, question.gpus, machine))
     scaled = [steps.done(outcome) for outcome in scaling(subject, machine)]
+    missing = shortfall(subject, question.gpus, machine) if best is None else None
     parameters = subject.count_parameters()
     checkpoint = checkpoint_bytes(subject.parameters, config.engine)
     price = question.price
@@ -85,6 +89,7 @@ def plan(
         "format": PLAN_FORMAT,
         "prediction": True,
         "run": config.run.name,
+        "config": keys_that_count(config),
         "gpus": question.gpus,
         "gpu": {"key": question.gpu, **asdict(machine.gpu)},
         "fabric": asdict(machine.fabric),
@@ -96,7 +101,8 @@ def plan(
         "precision": config.engine.precision,
         "optimizer": config.engine.optimizer,
         "chosen": own.to_json(),
-        "memory": {**own.memory.to_json(), "states_by_kind": asdict(own.states), "fits": own.fits},
+        "memory": {**own.memory.to_json(), "states_by_kind": asdict(own.states), "fits": own.fits,
+                   "exceeds": list(own.exceeds), "host_limit_bytes": machine.host_bytes},
         "states": _all_stages(subject, chosen, question.gpus),
         "activations": _activations(subject, chosen),
         "rows": _rows(subject, chosen, question.gpus),
@@ -105,9 +111,13 @@ def plan(
         "communication": _communication(subject, chosen, question.gpus, machine),
         "cost": _cost(config, own, price),
         "best": None if best is None else {**best.to_json(), "cost": _cost(config, best, price)},
+        "none_fits": None if missing is None else asdict(missing),
+        "advice": advice(subject, own, machine),
         "overlay": None if best is None else best.layout.overlay(),
         "scaling": [None if o is None else {**o.to_json(), "gpus": o.ranks, "cost": _cost(config, o, price)}
                     for o in scaled],
+        "scaling_limits": limits(subject, scaled, machine),
+        "largest_useful_gpus": largest_useful(scaled),
         "checkpoint": {
             "bytes": checkpoint,
             "per_rank_bytes": checkpoint // question.gpus,
@@ -198,6 +208,8 @@ def _rows(subject: Subject, layout: Layout, gpus: int) -> dict[str, Any]:
         "better_micro_rows": better.micro_rows if better else None,
         "better_wasted_frac": better.wasted_frac if better else None,
         "max_steps": config.run.max_steps,
+        "num_workers": config.batches.num_workers,
+        "prefetch_steps": config.batches.prefetch_steps,
     }
 
 

@@ -5,29 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trichord.planning.memory import GIB
+from trichord.planning.amounts import (
+    amount_text,
+    count_text,
+    duration_text,
+    seconds_text,
+    size_text,
+    table,
+    wrapped,
+)
 
-_KINDS = ("weights", "gradients", "master", "moments", "average", "backward", "gathered", "in_backward", "host")
+_KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master": "fp32 master",
+    "moments": "optimizer states",
+    "average": "average of weights",
+    "backward": "gradients in flight",
+    "gathered": "gathered at most",
+    "in_backward": "sum in backward",
+    "host": "on the host",
+}
+_LIMITS = {
+    "gpu": "no layout fits the memory of a GPU",
+    "host": "no layout fits the memory of a node (--host-gib)",
+    "config": "the config allows no layout (engine.hpz_ranks, engine.sequence_parallel)",
+}
 
 
-def render_plan(facts: Mapping[str, Any]) -> str:
-    """All of it, prediction said first."""
-    gpu = facts["gpu"]
+def render_plan(facts: Mapping[str, Any], width: int | None = None) -> str:
+    """All of it, prediction said first. width: characters of a line; None: as long as they are."""
+    machine = f"{facts['gpus']} x {facts['gpu']['name']}"
     parts = [
-        [f"PREDICTION for {facts['run']!r} on {facts['gpus']} x {gpu['name']}: computed from the config, not measured"],
+        [f"PREDICTION for {facts['run']!r} on {machine}: computed from the config, not measured"],
         _parameter_lines(facts),
-        _state_lines(facts),
+        _state_lines(facts, width),
         _memory_lines(facts),
         _row_lines(facts),
-        _time_lines(facts),
-        _communication_lines(facts),
+        _time_lines(facts, width),
+        _communication_lines(facts, width),
         _best_lines(facts),
-        _scaling_lines(facts),
+        _scaling_lines(facts, width),
         _checkpoint_lines(facts),
         ["assumed", *(f"  - {text}" for text in facts["assumptions"])],
         [f"not predicted: {', '.join(facts['not_predicted'])}"],
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return "\n\n".join("\n".join(wrapped(line, width) for line in part) for part in parts if part)
 
 
 def _parameter_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -37,21 +60,21 @@ def _parameter_lines(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  {'sum':<16}{facts['trainable']:>16,}{facts['frozen']:>16,}"]
 
 
-def _state_lines(facts: Mapping[str, Any]) -> list[str]:
-    chosen = facts["chosen"]
-    kinds = [kind for kind in _KINDS if any(states[kind] for states in facts["states"].values())]
-    title = f"model states per GPU, {facts['precision']}, {facts['optimizer']}, offload {chosen['offload']}"
-    lines = [title, f"  {'':<8}" + "".join(f"{kind.replace('in_', 'in '):>12}" for kind in kinds)]
-    for stage, states in facts["states"].items():
-        mark = " <- chosen" if int(stage) == chosen["zero_stage"] else ""
-        cells = "".join(f"{size_text(states[kind]):>12}" for kind in kinds)
-        lines.append(f"  {'ZeRO-' + str(stage):<8}{cells}{mark}")
-    return lines
+def _state_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
+    """A column for each stage."""
+    chosen, stages = facts["chosen"], facts["states"]
+    heads = [f"ZeRO-{stage}{'*' if int(stage) == chosen['zero_stage'] else ''}" for stage in stages]
+    rows = [["", *heads]]
+    for kind, label in _KINDS.items():
+        if any(states[kind] for states in stages.values()):
+            rows.append([label, *(size_text(states[kind]) for states in stages.values())])
+    title = f"model states per GPU, {facts['precision']}, {facts['optimizer']}, offload {chosen['offload']} (* chosen)"
+    return [title, *table(rows, width, left=1)]
 
 
 def _memory_lines(facts: Mapping[str, Any]) -> list[str]:
     memory, activations, limit = facts["memory"], facts["activations"], facts["gpu"]["memory_gib"]
-    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+    verdict = "DOES NOT FIT" if "gpu" in memory["exceeds"] else "fits"
     full = size_text(memory["device_bytes"])
     lines = [f"memory per GPU, at its fullest ({memory['moment']}): {full} of {limit} GiB: {verdict}"]
     for name in ("states", "activations", "block", "loss", "context", "fragmentation"):
@@ -64,7 +87,25 @@ def _memory_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"  heaviest rows: {activations['heaviest_source']}, {activations['heaviest_ratio']:.2f} times that"
         )
-    return [*lines, f"memory of a node: {size_text(memory['host_bytes'])}"]
+    return [*lines, _node_line(facts)]
+
+
+def _node_line(facts: Mapping[str, Any]) -> str:
+    memory, chosen = facts["memory"], facts["chosen"]
+    line = f"memory of a node: {size_text(memory['host_bytes'])}"
+    if memory["host_limit_bytes"] is None:
+        return f"{line} (not compared: no --host-gib)"
+    line += f" of {size_text(memory['host_limit_bytes'])} (--host-gib)"
+    if "host" not in memory["exceeds"]:
+        return f"{line}: fits"
+    less = f", offload less (engine.offload is {chosen['offload']})" if chosen["offload"] != "none" else ""
+    return f"{line}: DOES NOT FIT; {_less_on_host(facts)}{less}, or take nodes with more memory"
+
+
+def _less_on_host(facts: Mapping[str, Any]) -> str:
+    rows = facts["rows"]
+    workers = f"batches.num_workers (now {rows['num_workers']}) or " if rows["num_workers"] else ""
+    return f"lower {workers}batches.prefetch_steps (now {rows['prefetch_steps']})"
 
 
 def _row_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -88,38 +129,46 @@ def _row_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _time_lines(facts: Mapping[str, Any]) -> list[str]:
+def _time_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
     time = facts["time"]
     lines = [f"time of a step: {seconds_text(time['step_s'])}, MFU {100 * time['mfu_frac']:.1f} %, "
              f"{facts['rows']['tokens_per_step'] / time['step_s']:,.0f} tokens/s"]  # fmt: skip
+    rows = [["", "", ""]]
     for name in ("products", "attention", "elementwise", "launches", "exposed", "update", "offload"):
         if seconds := time[f"{name}_s"]:
             label = {"exposed": "communication that nothing hides"}.get(name, name)
-            lines.append(f"  {label:<34}{seconds_text(seconds):>10}{100 * seconds / time['step_s']:>6.0f} %")
-    lines.append(
-        "  model FLOPs: " + ", ".join(f"{room} {flops:.3g}" for room, flops in facts["flops"]["by_room"].items())
-    )
+            rows.append([label, seconds_text(seconds), f"{100 * seconds / time['step_s']:.0f} %"])
+    lines += table(rows, width, left=1)[1:]
+    flops = facts["flops"]["by_room"].items()
+    lines.append("  model FLOPs: " + ", ".join(f"{room} {number:.3g}" for room, number in flops))
     return [*lines, *_cost_lines(facts["cost"], facts["rows"]["max_steps"])]
 
 
 def _cost_lines(cost: Mapping[str, Any], steps: int | None) -> list[str]:
-    if cost["days"] is None:
+    if cost["days"] is None or steps is None:
         return ["whole run: run.max_steps is not set, so its length is not known"]
-    line = f"whole run: {steps:,} steps, {cost['days']:,.2f} days, {cost['gpu_hours']:,.0f} GPU hours"
+    length = duration_text(86_400 * cost["days"])
+    line = f"whole run: {count_text(steps, 'step')}, {length}, {amount_text(cost['gpu_hours'])} GPU hours"
     if cost["cost"] is not None:
-        line += f", {cost['cost']:,.0f} at {cost['price_per_gpu_hour']:g} per GPU hour"
+        line += f", {amount_text(cost['cost'])} at {cost['price_per_gpu_hour']:g} per GPU hour"
     return [line]
 
 
-def _communication_lines(facts: Mapping[str, Any]) -> list[str]:
+def _communication_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
     found = facts["communication"]
     if not found["collectives"]:
         return []
-    lines = [f"communication per step: a GPU sends {size_text(found['sent_bytes'])}"]
+    rows = [["what", "kind", "bytes", "messages", "time", "beside"]]
     for c in found["collectives"]:
-        beside = "" if c["beside"] == "nothing" else f", beside the {c['beside']} pass"
+        beside = "" if c["beside"] == "nothing" else c["beside"]
+        time = seconds_text(c["seconds"])
+        rows.append([c["what"], c["op"], size_text(c["bytes"]), f"{c['messages']:,}", time, beside])
+    lines = [f"communication per step: a GPU sends {size_text(found['sent_bytes'])}", *table(rows, width, left=2)]
+    for advised in facts["advice"]:
+        share = 100 * advised["latency_s"] / facts["time"]["step_s"]
         lines.append(
-            f"  {c['what']:<20}{c['op']:<16}{size_text(c['bytes']):>12}{seconds_text(c['seconds']):>10}{beside}"
+            f"  try {advised['set']}: {advised['why']}; latency of these {seconds_text(advised['latency_s'])}, "
+            f"{share:.0f} % of a step; with it {seconds_text(advised['step_s'])} a step (PREDICTION)"
         )
     return lines
 
@@ -127,8 +176,7 @@ def _communication_lines(facts: Mapping[str, Any]) -> list[str]:
 def _best_lines(facts: Mapping[str, Any]) -> list[str]:
     best = facts["best"]
     if best is None:
-        return [f"best layout: none fits {facts['gpus']} GPUs of {facts['gpu']['memory_gib']} GiB; take more or larger "
-                "GPUs, or a shorter batches.row_tokens"]  # fmt: skip
+        return [f"best layout: none fits: {_why_none_fits(facts)}"]
     return [
         f"best layout that fits: zero_stage {best['zero_stage']}, micro_rows {best['micro_rows']} (accumulation "
         f"{best['accumulation']}), offload {best['offload']}, "
@@ -138,26 +186,78 @@ def _best_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _scaling_lines(facts: Mapping[str, Any]) -> list[str]:
+def _why_none_fits(facts: Mapping[str, Any]) -> str:
+    missing = facts["none_fits"]
+    if missing["limit"] == "config":
+        return f"{_LIMITS['config']} on {count_text(facts['gpus'], 'GPU')}"
+    least = size_text(missing["least_bytes"])
+    if missing["limit"] == "host":
+        there = size_text(facts["memory"]["host_limit_bytes"])
+        return (f"the most modest one that fits the GPUs needs {least} of host memory in a node, which has {there} "
+                f"(--host-gib), with and without offload; {_less_on_host(facts)}, or take nodes with more memory or "
+                "fewer GPUs (--gpus-per-node)")  # fmt: skip
+    return (f"the most modest one needs {least} on a GPU of {facts['gpu']['memory_gib']} GiB; take more or larger "
+            "GPUs, or a shorter batches.row_tokens")  # fmt: skip
+
+
+def _scaling_lines(facts: Mapping[str, Any], width: int | None) -> list[str]:
     """The same global batch on other numbers of GPUs."""
-    lines = ["scaling, the same global batch, each with its best layout",
-             f"  {'GPUs':>6}{'ZeRO':>6}{'rows':>6}{'accum':>7}{'offload':>11}{'recompute':>11}{'shared':>8}{'step':>10}"
-             f"{'MFU':>7}{'days':>9}{'cost':>12}"]  # fmt: skip
-    for outcome in facts["scaling"]:
-        if outcome is None:
-            continue
-        cost = outcome["cost"]
-        days = "" if cost["days"] is None else f"{cost['days']:,.1f}"
-        price = "" if cost["cost"] is None else f"{cost['cost']:,.0f}"
-        idle = f"   {outcome['idle_ranks']} idle" if outcome["idle_ranks"] else ""
+    useful = facts["largest_useful_gpus"]
+    rows = [["GPUs", "ZeRO", "rows", "accum", "offload", "recompute", "shared", "idle", "step", "MFU", "run", "cost"]]
+    for outcome in filter(None, facts["scaling"]):
+        cost, shared, idle = outcome["cost"], outcome["sequence_parallel"], outcome["idle_ranks"]
+        rows.append([
+            f"{'*' if outcome['gpus'] == useful else ''}{outcome['gpus']}",
+            str(outcome["zero_stage"]),
+            str(outcome["micro_rows"]),
+            str(outcome["accumulation"]),
+            outcome["offload"],
+            outcome["activation_checkpointing"],
+            "" if shared == 1 else str(shared),
+            str(idle or ""),
+            seconds_text(outcome["step_s"]),
+            f"{100 * outcome['mfu_frac']:.1f} %",
+            "" if cost["days"] is None else duration_text(86_400 * cost["days"]),
+            "" if cost["cost"] is None else amount_text(cost["cost"]),
+        ])  # fmt: skip
+    title = "scaling, the same global batch, each with its best layout"
+    lines = [f"{title} (* largest useful)", *table(rows, width)] if useful is not None else [title]
+    return [*lines, *_past_useful(facts), *_not_fitting(facts)]
+
+
+def _past_useful(facts: Mapping[str, Any]) -> list[str]:
+    """Why more GPUs than the largest useful number gain little."""
+    useful, rows = facts["largest_useful_gpus"], facts["rows"]["rows_per_step"]
+    larger = [outcome for outcome in facts["scaling"] if outcome is not None and outcome["gpus"] > (useful or 0)]
+    if useful is None or not larger:
+        return []
+    lines, after = [], larger[0]
+    if after["gpus"] <= rows:
+        share = 100 * after["exposed_s"] / after["step_s"]
         lines.append(
-            f"  {outcome['gpus']:>6}{outcome['zero_stage']:>6}{outcome['micro_rows']:>6}{outcome['accumulation']:>7}"
-            f"{outcome['offload']:>11}{outcome['activation_checkpointing']:>11}"
-            f"{outcome['sequence_parallel']:>8}{seconds_text(outcome['step_s']):>10}"
-            f"{100 * outcome['mfu_frac']:>5.1f} %{days:>9}{price:>12}{idle}"
+            f"  past {count_text(useful, 'GPU')} a step is hardly shorter: on {after['gpus']} each has "
+            f"{count_text(-(-rows // after['gpus']), 'row')} of a step, and communication that nothing hides is "
+            f"{share:.0f} % of it"
         )
-    missing = sum(outcome is None for outcome in facts["scaling"])
-    return [*lines, f"  on fewer GPUs no layout fits ({missing} sizes)"] if missing else lines
+    if larger[-1]["gpus"] > rows:
+        lines.append(
+            f"  past {count_text(rows, 'GPU')} the run has too few rows per step (batches.rows_per_step={rows}): GPUs "
+            "share rows or idle"
+        )
+    return lines
+
+
+def _not_fitting(facts: Mapping[str, Any]) -> list[str]:
+    limits: list[str | None] = facts["scaling_limits"]
+    sizes = {limit: [2**power for power, found in enumerate(limits) if found == limit] for limit in _LIMITS}
+    return [f"  on {_sizes_text(found)}: {_LIMITS[limit]}" for limit, found in sizes.items() if found]
+
+
+def _sizes_text(sizes: list[int]) -> str:
+    """Powers of two; neighbours, three or more, by the first and the last."""
+    if len(sizes) > 2 and sizes[-1] == sizes[0] << len(sizes) - 1:
+        return f"{sizes[0]} to {sizes[-1]:,} GPUs"
+    return ", ".join(map(str, sizes)) + (" GPU" if sizes == [1] else " GPUs")
 
 
 def _checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -166,17 +266,3 @@ def _checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
         f"checkpoint        {size_text(checkpoint['bytes'])}, {size_text(checkpoint['per_rank_bytes'])} written per "
         f"rank, {size_text(checkpoint['kept_bytes'])} of disk while the oldest is replaced"
     ]
-
-
-def size_text(size: float) -> str:
-    if size == 0:
-        return "0"
-    if size >= GIB:
-        return f"{size / GIB:,.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
-
-
-def seconds_text(seconds: float) -> str:
-    if seconds == 0:
-        return "0"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -30,16 +30,20 @@ def check_place(file: Path) -> None:
 
 
 def save_plan(file: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Write the plan as JSON, and beside it its best layout as FILE.overlay.yaml, where there is one; returns both.
+    """Write the plan as JSON, and beside it its best layout as FILE.overlay.yaml; returns both. Where nothing fits
+    there is no overlay, and one of an earlier plan is removed.
 
     Raises:
         ConfigError: the file is no .json, or cannot be written.
     """
     check_place(file)
     written = {file: json.dumps(facts, indent=2) + "\n"}
+    overlay = file.with_suffix(".overlay.yaml")
     if facts["overlay"] is not None:
-        written[file.with_suffix(".overlay.yaml")] = overlay_text(facts)
+        written[overlay] = overlay_text(facts)
     try:
+        if overlay not in written:
+            overlay.unlink(missing_ok=True)
         for path, text in written.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,14 @@ from trichord.planning.roofline import StepTime, model_flops, step_time
 from trichord.planning.subject import Subject
 
 SCALES = tuple(2**power for power in range(13))  # 1 to 4,096 GPUs
+_WORTH_DOUBLING = 0.8  # of the time of a step that twice the GPUs may take at most to be called useful
 _MAX_MICRO_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A layout on `ranks` GPUs: what it takes. mfu_frac: model FLOPs over time and the GPUs' peak."""
+    """A layout on `ranks` GPUs: what it takes. mfu_frac: model FLOPs over time and the GPUs' peak; exceeds: `gpu`,
+    `host` where the memory of a GPU or of a node is too small."""
 
     layout: Layout
     ranks: int
@@ -39,7 +41,11 @@ class Outcome:
     memory: Memory
     time: StepTime
     mfu_frac: float
-    fits: bool
+    exceeds: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.exceeds
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +58,7 @@ class Outcome:
             "sequence_parallel": self.layout.sharing,
             "device_bytes": self.memory.device_bytes,
             "step_s": self.time.total,
+            "exposed_s": self.time.exposed,
             "mfu_frac": self.mfu_frac,
             "fits": self.fits,
         }
@@ -77,10 +84,11 @@ def judge(subject: Subject, layout: Layout, ranks: int, machine: Machine) -> Out
     time = step_time(subject, layout, zero, states, machine.gpu, machine.fabric)
     peak = machine.gpu.fp32_tflops if subject.config.engine.precision == "fp32" else machine.gpu.bf16_tflops
     mfu = model_flops(subject, layout) / (time.total * ranks * 1e12 * peak)
-    fits = memory.device_bytes <= usable_bytes(machine.gpu)
-    fits = fits and (machine.host_bytes is None or memory.host_bytes <= machine.host_bytes)
+    over_gpu = memory.device_bytes > usable_bytes(machine.gpu)
+    over_host = machine.host_bytes is not None and memory.host_bytes > machine.host_bytes
+    exceeds = tuple(name for name, over in (("gpu", over_gpu), ("host", over_host)) if over)
     split = split_of(subject, layout, ranks)
-    return Outcome(layout, ranks, split.accumulation, split.idle_ranks, states, memory, time, mfu, fits)
+    return Outcome(layout, ranks, split.accumulation, split.idle_ranks, states, memory, time, mfu, exceeds)
 
 
 def layouts(subject: Subject, ranks: int, sharing: int = 1) -> Iterator[Layout]:
@@ -113,7 +121,7 @@ def best_layout(subject: Subject, ranks: int, machine: Machine) -> Outcome | Non
     Rows are shared as the run has it, and otherwise only where nothing fits, or GPUs idle, among fewer ranks."""
     own = Layout.of(subject).sharing
     best = _fastest(subject, ranks, machine, own) if ranks % own == 0 else None
-    for sharing in _sharings(ranks, machine.fabric.gpus_per_node):
+    for sharing in sharings(ranks, machine.fabric.gpus_per_node):
         found = _fastest(subject, ranks, machine, sharing) if sharing != own else best
         best = min(filter(None, (best, found)), key=_preference, default=None)
         if found is not None and not found.idle_ranks:
@@ -121,7 +129,7 @@ def best_layout(subject: Subject, ranks: int, machine: Machine) -> Outcome | Non
     return best
 
 
-def _sharings(ranks: int, gpus_per_node: int) -> list[int]:
+def sharings(ranks: int, gpus_per_node: int) -> list[int]:
     """Numbers of ranks, all of one node, that may share rows, least exchange first."""
     powers = (2**power for power in range(gpus_per_node.bit_length()))
     return [sharing for sharing in powers if sharing <= gpus_per_node and ranks % sharing == 0]
@@ -146,3 +154,15 @@ def _fastest(subject: Subject, ranks: int, machine: Machine, sharing: int) -> Ou
 def scaling(subject: Subject, machine: Machine) -> Iterator[Outcome | None]:
     """The best layout on each number of GPUs of `SCALES`, the same global batch throughout."""
     return (best_layout(subject, ranks, machine) for ranks in SCALES)
+
+
+def largest_useful(scaled: Iterable[Outcome | None]) -> int | None:
+    """The number of GPUs up to which each doubling makes a step at least a fifth shorter; None where nothing fits."""
+    useful: Outcome | None = None
+    for outcome in scaled:
+        if outcome is None:
+            continue
+        if useful is not None and outcome.time.total > _WORTH_DOUBLING * useful.time.total:
+            break
+        useful = outcome
+    return useful.ranks if useful is not None else None

@@ -21,6 +21,7 @@ CHARS_PER_TOKEN = 4.0  # English under tokenizers of 30,000 to 150,000 entries; 
 _CAP_TEXT_TOKENS = 64  # a caption or a transcript, where nothing at all is known
 _ENDLESS_TEXT = 1e9
 _SIDECAR_SAMPLES = 200  # read per source; sidecars of one shard that are there already, none is made
+_MAKE_STATS = "make it with this config: trichord data stats CONFIG --json FILE"
 _QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
@@ -128,25 +129,47 @@ def _weighted(config: DataOfRun, loads: Sequence[SourceLoad], notes: Sequence[st
 
 
 def _from_stats(config: DataOfRun, file: Path) -> tuple[list[SourceLoad], list[str]]:
-    try:
-        stats = json.loads(file.read_text(encoding="utf-8"))
-        by_name = {source["name"]: source for source in stats["sources"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--stats {file}: expected the JSON that `trichord data stats CONFIG --json FILE` writes, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    stats = _read_stats(file)
+    by_name = {source["name"]: source for source in stats["sources"]}
     missing = [source.name for source in config.shards.sources if source.name not in by_name]
     if missing:
         raise ConfigError(
-            f"--stats {file}: it has no source {missing[0]!r}, only {', '.join(sorted(by_name))}; make it with this "
-            "config: trichord data stats CONFIG --json FILE"
+            f"--stats {file}: it has no source {missing[0]!r}, only {', '.join(sorted(by_name))}; {_MAKE_STATS}"
         )
-    loads = [_load_of_figures(config, source, by_name[source.name]) for source in config.shards.sources]
+    loads = []
+    for source in config.shards.sources:
+        try:
+            loads.append(_load_of_figures(config, source, by_name[source.name]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"--stats {file}: not what `trichord data stats` writes: figures of source {source.name!r} are missing "
+                f"or no numbers; {_MAKE_STATS}"
+            ) from error
     notes = [f"samples as counted in {file.name}"]
     if stats.get("tokens_of") not in ("all", "sample"):
         notes.append(f"{file.name} has no token counts: text at {CHARS_PER_TOKEN:g} characters a token")
     return loads, notes
+
+
+def _read_stats(file: Path) -> dict[str, Any]:
+    """The file of statistics, each source a mapping with its name, each of its figures too where they are read."""
+    try:
+        stats = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--stats {file}: no such file; {_MAKE_STATS}") from error
+    except OSError as error:
+        raise ConfigError(f"--stats {file}: cannot be read: {error.strerror}; {_MAKE_STATS}") from error
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ConfigError(f"--stats {file}: not JSON; {_MAKE_STATS}") from error
+    sources = stats.get("sources") if isinstance(stats, dict) else None
+    if not isinstance(sources, list) or not all(
+        isinstance(s, dict) and isinstance(s.get("name"), str) for s in sources
+    ):
+        raise ConfigError(
+            f"--stats {file}: not what `trichord data stats` writes: no list of sources, each with a name; "
+            f"{_MAKE_STATS}"
+        )
+    return stats
 
 
 def _load_of_figures(config: DataOfRun, source: SourceConfig, figures: Mapping[str, Any]) -> SourceLoad:

@@ -165,10 +165,13 @@ def test_report_writes_one_page(finished):
     assert "<html" in (finished / "runs/demo/report.html").read_text()
 
 
-def test_plan_shows_memory_and_writes_json(imported, world):
-    printed = run(world, "plan", "c.yaml", "--gpus", "4", "--json", "plan.json")
+def test_plan_shows_memory_and_writes_json_and_no_overlay_where_nothing_fits(imported, world):
+    (world / "plan.overlay.yaml").write_text("engine: {zero_stage: 3}\n")
+    printed = run(world, "plan", "c.yaml", "--gpus", "4", "--host-gib", "2", "--save", "plan.json")
     assert "PREDICTION" in printed
     assert json.loads((world / "plan.json").read_text())["gpus"] == 4
+    assert printed.endswith("plan.json\nno overlay: nothing fits\n")
+    assert not (world / "plan.overlay.yaml").exists()
 
 
 @pytest.mark.slow

@@ -88,11 +88,25 @@ def test_time_inside_a_node_is_latency_and_bandwidth_of_a_ring():
 
 
 def test_time_between_nodes_has_the_nodes_network():
-    """Four nodes: the slower link, three hops of a ring; an all-reduce goes up and down a tree of two levels."""
+    """Four nodes: the slower link, a ring of 28 hops inside of them and three between; an all-reduce goes up and down a
+    tree of two levels."""
     gather = Collective("weights", "all_gather", 8 * 10**9, 1)
-    assert gather.seconds(FABRIC, 32) == pytest.approx(7e-6 + 3e-5 + 31 / 32 * 8 / 100)
+    assert gather.seconds(FABRIC, 32) == pytest.approx(28e-6 + 3 * 3e-6 + 31 / 32 * 8 / 100)
     reduce = Collective("gradients", "all_reduce", 8 * 10**9, 1)
     assert reduce.seconds(FABRIC, 32) == pytest.approx(2 * 7e-6 + 4e-5 + 2 * 31 / 32 * 8 / 100)
+
+
+def test_latency_of_gathers_is_a_rings_but_with_one_gpu_in_a_node_a_logarithm():
+    """As in NCCL's cost model: 64 nodes of 8 in its low-latency protocol 448 hops of 1 us, 63 of 2.7 us, and 6.6 us
+    to begin with."""
+    small = Collective("small weights", "all_gather", 664 * 4096, 664)
+    nodes_of_8 = Fabric.of(CATALOG["h100"])
+    assert small.latency_s(nodes_of_8, 512) / 664 == pytest.approx(448e-6 + 63 * 2.7e-6 + 6.6e-6, rel=0.05)
+    single = Fabric.of(CATALOG["h100"], gpus_per_node=1)
+    assert small.latency_s(single, 512) / 664 == pytest.approx(9 * 10e-6)
+    reduce = Collective("gradients", "reduce", 4096, 1)
+    assert reduce.latency_s(single, 512) == pytest.approx(511 * 3e-6), "PAT has no reduce"
+    assert small.latency_s(single, 2) == pytest.approx(664 * 3e-6), "the ring where it is the faster one"
 
 
 def test_an_unknown_gpu_is_named_with_the_nearest():

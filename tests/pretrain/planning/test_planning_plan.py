@@ -2,21 +2,28 @@
 
 import json
 from dataclasses import replace
+from functools import reduce
+from types import SimpleNamespace
 
 import pytest
 
 from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
+from trichord.engine.config import EngineConfig
 from trichord.fusion.model import build_model
+from trichord.planning.advice import advice
+from trichord.planning.amounts import amount_text, count_text, duration_text, seconds_text, size_text, table
 from trichord.planning.gpus import CATALOG, Fabric
 from trichord.planning.layout import Layout, states_of
 from trichord.planning.plan import Question, plan
 from trichord.planning.render import render_plan
 from trichord.planning.roofline import collectives_of
 from trichord.planning.saving import check_place, save_plan
-from trichord.planning.search import Machine, best_layout, judge, layouts
+from trichord.planning.search import Machine, best_layout, judge, largest_useful, layouts
+from trichord.planning.shortfall import shortfall
 from trichord.planning.subject import Subject
 from trichord.planning.workload import find_workload
+from trichord.planning.zero import Zero
 
 IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "image_id": 3, "audio_id": 4}
 TOKENIZER = "batches.tokenizer=nowhere/tokenizer"
@@ -80,20 +87,108 @@ def test_a_person_can_read_it(facts):
     for part in (
         "PREDICTION for 'tiny' on 8 x NVIDIA H100",
         "ZeRO-2",
-        "<- chosen",
+        "sum in backward",
         "idle GPUs         4",
         "75.0 % of what is computed",
         "vocabulary of 100 as given",
         "of a typical micro-batch: vision",
         "communication per step",
         "best layout that fits",
-        "  4096",
+        "  4096 ",
+        "past 4 GPUs the run has too few rows per step (batches.rows_per_step=4)",
+        "GPU hours",
         "data sheet",
         "not predicted: the loader",
     ):
         assert part in text, part
-    (chosen,) = [line for line in text.splitlines() if "<- chosen" in line]
-    assert "ZeRO-2" in chosen
+    (stages,) = [line for line in text.splitlines() if "ZeRO-0" in line]
+    assert stages.split() == ["ZeRO-0", "ZeRO-1", "ZeRO-2*", "ZeRO-3"]
+    (marked,) = [line for line in text.splitlines() if line.lstrip().startswith("*")]
+    assert int(marked.split()[0][1:]) == facts["largest_useful_gpus"]
+    assert max(map(len, render_plan(facts, 80).splitlines())) <= 80
+
+
+def test_columns_without_anything_are_left_out_and_amounts_keep_their_units_apart():
+    rows = [["GPUs", "step", "cost"], ["1", seconds_text(2.81e-6), ""], ["16", seconds_text(0.455), ""]]
+    assert table(rows, None) == ["  GPUs     step", "     1  2.81 us", "    16   455 ms"]
+    assert [seconds_text(s) for s in (1.999, 1234.0, 0.0)] == ["2.00 s", "1,234 s", "0"]
+    assert [duration_text(s) for s in (0.08, 90, 7200, 172_800)] == ["80.0 ms", "1.5 min", "2.0 h", "2.0 days"]
+    assert [amount_text(n) for n in (0.001, 1.234, 1234.5)] == ["under 0.01", "1.2", "1,234"]
+    assert [count_text(n, "GPU") for n in (1, 2048)] == ["1 GPU", "2,048 GPUs"]
+    assert [size_text(n) for n in (72, 2048, 2**30)] == ["72 B", "2.0 KiB", "1.00 GiB"]
+
+
+@pytest.fixture(scope="module")
+def on_a_small_node(config):
+    return plan(config, Question(1, vocab_size=100, host_gib=2))
+
+
+def test_the_limit_that_was_hit_is_named(on_a_small_node):
+    """Three GiB for a rank's process, two in the node; the GPU is large enough."""
+    facts = on_a_small_node
+    assert (facts["memory"]["exceeds"], facts["best"], set(facts["scaling_limits"])) == (["host"], None, {"host"})
+    assert facts["none_fits"]["limit"] == "host"
+    assert 3 * 2**30 < facts["none_fits"]["least_bytes"] <= facts["memory"]["host_bytes"]
+    text = render_plan(facts)
+    for part in (
+        "of 79.6 GiB: fits",
+        f"memory of a node: {size_text(facts['memory']['host_bytes'])} of 2.00 GiB (--host-gib): DOES NOT FIT; lower "
+        "batches.prefetch_steps (now 2), or take nodes with more memory",
+        f"needs {size_text(facts['none_fits']['least_bytes'])} of host memory in a node, which has 2.00 GiB",
+        "on 1 to 4,096 GPUs: no layout fits the memory of a node (--host-gib)",
+    ):
+        assert part in text, part
+    assert "larger GPUs" not in text
+
+
+def test_an_overlay_of_an_earlier_plan_does_not_outlive_it(facts, on_a_small_node, tmp_path):
+    overlay = save_plan(tmp_path / "plan.json", facts)[1]
+    assert save_plan(tmp_path / "plan.json", on_a_small_node) == [tmp_path / "plan.json"]
+    assert not overlay.exists()
+
+
+def test_what_the_most_modest_layout_needs_is_told(subject):
+    found = shortfall(subject, 4, machine_of(1))
+    assert found.limit == "gpu"
+    assert best_layout(subject, 4, machine_of((found.least_bytes - 2**20) / 2**30)) is None
+    assert best_layout(subject, 4, machine_of((found.least_bytes + 2**20) / 2**30)) is not None
+    in_pairs = Subject(config_of("engine.hpz_ranks=2", "engine.zero_stage=3"), subject.workload, 100)
+    assert shortfall(in_pairs, 1, machine_of(80)).limit == "config"
+
+
+def test_the_largest_useful_size_is_where_doubling_stops_to_pay():
+    def outcomes(*seconds):
+        return [s and SimpleNamespace(ranks=2**i, time=SimpleNamespace(total=s)) for i, s in enumerate(seconds)]
+
+    assert largest_useful(outcomes(None, 8.0, 4.1, 2.2, 1.9, 0.5)) == 8
+    assert largest_useful(outcomes(8.0, 6.0, 4.5)) == 4
+    assert largest_useful(outcomes(None, None)) is None
+
+
+def test_small_gathers_that_cost_much_are_spoken_of(subject):
+    """Four nodes: norms and biases are gathered one by one at stage 3."""
+    outcome = judge(subject, Layout(3, 1, "none", "none"), 32, machine_of(80))
+    (persistence, *_) = found = advice(subject, outcome, machine_of(80))
+    assert persistence["set"] == "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    assert all(0 < advised["step_s"] < outcome.time.total for advised in found)
+    assert all(advised["latency_s"] > 0.05 * outcome.time.total for advised in found)
+    overlay = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    engine = EngineConfig(zero_stage=3, precision="bf16", deepspeed=overlay)
+    assert Zero.of(engine, 32).persistence == 0, "the key is one that counts"
+    for stage, ranks in ((1, 32), (3, 8)):  # no such messages; under 5 % of the step
+        assert (
+            advice(subject, judge(subject, Layout(stage, 1, "none", "none"), ranks, machine_of(80)), machine_of(80))
+            == []
+        )
+
+
+def test_the_config_keys_that_count_are_kept(config, facts):
+    keys, data = facts["config"], config.model_dump(mode="json")
+    assert keys["fusion.trunk.hidden_size"] == config.fusion.trunk.hidden_size
+    assert {"batches.rows_per_step", "engine.zero_stage", "engine.deepspeed", "samples.image.size"} <= set(keys)
+    assert not {"engine.lr", "batches.packing", "samples.image.mean", "run.name"} & set(keys)
+    for path, value in keys.items():
+        assert reduce(lambda part, name: part[name], path.split("."), data) == value
 
 
 def test_every_assumed_number_is_printed(facts):

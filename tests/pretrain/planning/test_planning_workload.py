@@ -49,9 +49,30 @@ def test_statistics_of_other_data_are_refused(config, tmp_path):
     file.write_text(json.dumps(stats_of(["scans", "speech"])))
     with pytest.raises(ConfigError, match="it has no source 'pairs', only scans, speech"):
         find_workload(config, file)
-    file.write_text("{}")
-    with pytest.raises(ConfigError, match="expected the JSON that `trichord data stats"):
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[]", "no list of sources"),
+        ('{"sources": {"scans": 1}}', "no list of sources"),
+        ('{"sources": [{"name": "scans", "text_tokens": 3}, OTHERS]}', "figures of source 'scans' are missing or no"),
+        (
+            '{"sources": [{"name": "scans", "text_tokens": {"count": 3}}, OTHERS]}',
+            "figures of source 'scans' are missing",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_statistics_is_told_in_words(config, tmp_path, text, said):
+    file = tmp_path / "stats.json"
+    if text is not None:
+        file.write_text(text.replace("OTHERS", '{"name": "pairs"}, {"name": "speech"}'))
+    with pytest.raises(ConfigError, match=said) as raised:
         find_workload(config, file)
+    assert "make it with this config: trichord data stats CONFIG --json FILE" in str(raised.value)
+    assert "Error" not in str(raised.value), "no names of Python's exceptions"
 
 
 def test_without_anything_the_caps_are_taken_and_said(config):
