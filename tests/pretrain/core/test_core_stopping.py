@@ -1,11 +1,13 @@
 """Signals that end a command: the words, the exit code, the processes, and what stays as it was."""
 
 import multiprocessing
+import os
 import signal
 import time
 
 import pytest
 
+from trichord.core.processes import enter_worker
 from trichord.core.stopping import Stopped, signals_held, signals_kept, stoppable
 
 
@@ -29,6 +31,21 @@ def test_an_ignored_signal_stays_ignored():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("told", "code"), [(signal.SIG_IGN, 0), (signal.default_int_handler, -signal.SIGINT)])
+def test_a_worker_ignores_what_its_parent_was_told_to_ignore(told, code):
+    """A shell script tells what it runs in the background to ignore Ctrl-C."""
+    child = multiprocessing.get_context("fork").Process(target=_work, args=(told, os.getpid()))
+    child.start()
+    child.join()
+    assert child.exitcode == code
+
+
+def _work(told, parent: int) -> None:
+    signal.signal(signal.SIGINT, told)
+    enter_worker(parent)
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_processes_are_killed_and_what_breaks_of_it_is_no_error():
