@@ -222,10 +222,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run's folder.")] = None,
 ) -> None:
     """One self-contained HTML page from the records of one or more runs."""
-    from trichord.tracking.report import render_report
+    from trichord.tracking.report import read_runs, write_report
 
     out = out or runs[0] / "report.html"
-    render_report(runs, out)
+    with advancing("reading runs") as show:
+        shown = read_runs(runs, show)
+    with advancing("drawing charts") as show:
+        write_report(shown, out, show)
     print(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def write_report(shown: RunsToShow, out: Path, on_progress: OnProgress = _silent
     Raises:
         ConfigError: the page cannot be written.
     """
+    _check_place(out)
     page = _template().render(_context(shown, on_progress))
     try:
         return write_atomically(Path(out), page)
@@ -77,12 +78,8 @@ def write_report(shown: RunsToShow, out: Path, on_progress: OnProgress = _silent
         raise ConfigError(_unwritable(out, error.strerror or str(error))) from error
 
 
-def check_page(out: Path) -> None:
-    """Whether a page could be written there, before runs are read.
-
-    Raises:
-        ConfigError: it could not.
-    """
+def _check_place(out: Path) -> None:
+    """Refuse a place where no page can be written, before charts are drawn."""
     out = Path(out).absolute()
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; name a file in it, such as {out / 'report.html'}")
@@ -102,7 +99,7 @@ def _context(shown: RunsToShow, on_progress: OnProgress) -> dict[str, Any]:
     runs, now = shown.runs, time.time()
     several = len(runs) > 1
     shorts, whole = short_names([run.name for run in runs])
-    drawing = ReportCharts([replace(run, name=short) for run, short in zip(runs, shorts)])
+    drawing = ReportCharts(runs, shorts)
     names = ", ".join(run.name for run in runs)
     tiles = headline(runs[0]) if not several else []
     return {

@@ -90,10 +90,11 @@ class Chart:
 
 
 class ReportCharts:
-    """Charts of one page. runs: with names that tell them apart; each has its colour and dash in all charts."""
+    """Charts of one page. labels: what each run is called in them; it has its colour and dash in all of them."""
 
-    def __init__(self, runs: Sequence[RunRecord]) -> None:
+    def __init__(self, runs: Sequence[RunRecord], labels: Sequence[str]) -> None:
         self.runs = runs
+        self._labels = labels
         self.styles = line_styles(len(runs))
         ends = [row["step"] for run in runs if run.rows for row in (run.rows[0], run.rows[-1])]
         self._span = (min(ends), max(ends)) if ends else (0, 1)
@@ -150,15 +151,16 @@ class ReportCharts:
         panels, shown = [], names[:_MAX_PANELS]
         for name, short in zip(shown, _short_names(names)):
             lines = [
-                Line(run.name, *run.series(name), color, dash)
-                for run, (color, dash) in zip(self.runs, self.styles)
+                Line(label, *run.series(name), color, dash)
+                for run, label, (color, dash) in zip(self.runs, self._labels, self.styles)
                 if name in run.columns
             ]
             size = LARGE_IN if len(names) == 1 else SMALL_IN
             svg = self._curves(group, [*lines, *self._targets(group, [name])], size_in=size)
             panels.append((short if len(names) > 1 else "", svg))
         more = f"; not drawn, but in metrics.jsonl: {', '.join(names[_MAX_PANELS:])}" if names[_MAX_PANELS:] else ""
-        without = [run.name for run in self.runs if not any(name in run.columns for name in names)]
+        labelled = zip(self.runs, self._labels)
+        without = [label for run, label in labelled if not any(name in run.columns for name in names)]
         more += f"; not logged by {', '.join(without)}" if without else ""
         return Chart(group.title, panels, ", ".join(shown) + more)
 
@@ -183,16 +185,17 @@ class ReportCharts:
         """Where the time of a step goes, stacked, a panel per run; the mean over ranks and steps that were logged."""
         parts = [name for name in _STEP_PARTS if any(name in run.columns for run in self.runs)]
         colors = {name: style[0] for name, style in zip((*parts, "other"), line_styles(len(parts) + 1))}
-        splits = [(run, lines) for run in self.runs if (lines := _step_split(run, colors))]
+        labelled = zip(self.runs, self._labels)
+        splits = [(run, label, lines) for run, label in labelled if (lines := _step_split(run, colors))]
         if not splits:
             return None
         panels, higher = [], []
         several = len(self.runs) > 1
-        for run, lines in splits:
+        for run, label, lines in splits:
             limit, above, highest = _limit([sum(values) for values in zip(*(line.values for line in lines))])
             facts = {"size_in": SMALL_IN if several else LARGE_IN, "marks": [] if several else run.resumed_at}
             svg = stacked_chart(lines, limit=limit, key=self._key(), span=self._span, unit="ms", **facts)
-            panels.append((run.name if several else "", svg))
+            panels.append((label if several else "", svg))
             higher += [(highest, above, len(lines[0].steps))] if limit is not None else []
         note = ", ".join(parts) + _said_of_higher(higher, len(splits))
         legend = [(_part(name), color, "area") for name, color in colors.items()]

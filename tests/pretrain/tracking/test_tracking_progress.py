@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 from rich.console import Console
@@ -42,6 +43,18 @@ def test_a_bar_on_a_terminal_with_logs_above_it(log_lines, monkeypatch):
     for part in ("digits", "200/400", "loss 2", "5M tokens/s", "from the log", "afterwards"):
         assert part in text
     assert "step 200/400" not in text, "no plain line beside the bar"
+
+
+@pytest.mark.parametrize(("width", "figures"), [(50, "loss 2.123"), (60, "loss 2.123  5M tokens/s"), (30, "")])
+def test_a_narrow_terminal_keeps_the_count_and_the_time_left(width, figures):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    progress = Progress(400, label="digits", console=console)
+    progress.update(200, {"train/loss": 2.1234, "speed/tokens_per_s": 5e6, "speed/mfu_frac": 0.4})
+    progress.close()
+    last = [line for line in re.split(r"[\r\n]", console.file.getvalue()) if "200/400" in line][-1]
+    assert re.search(rf"200/400 {figures} ?(-:--:--|--:--|[0-9:]{{5,}})", last), last
+    assert ("tokens/s" in last) == ("tokens/s" in figures)
+    assert "MFU" not in last
 
 
 def test_other_ranks_show_nothing(log_lines):
