@@ -37,8 +37,8 @@ from trichord.engine.doubts import doubts
 from trichord.engine.job import check_job
 from trichord.engine.partition import building_in, slices_of_run
 from trichord.engine.step import restart_loss_scale
+from trichord.engine.stop import StopFlag
 from trichord.engine.together import decide_on_rank_0
-from trichord.engine.watch import StopFlag
 from trichord.evaluate import OnTheWay
 from trichord.journal import Recording
 from trichord.opening import fix_length, make_sidecars, open_run, opening_line
@@ -150,7 +150,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
         if progress.skipped_in_a_row >= config.engine.max_bad_steps:
             with recording.aside("rewind"):
                 rewind(config, engine, progress, saver, recorder)
-        asked = (stop.name or "a signal on another rank") if result.counts["stop"] > 0 else None
+        asked = stop.told(result.counts["stop"])
         ending = ending_of(progress.step, total_steps, used_up=not result.counts["open_lanes"], signal_name=asked)
         on_the_way.after(progress.step, batch, stopped=asked is not None)
         # Not among skipped steps: a rewind must get away from their weights, and older ones would be removed for them;
@@ -243,7 +243,7 @@ def local_counts(batch: StepBatch, stop: StopFlag) -> dict[str, float]:
         "bad_samples": batch.stats.bad_samples,
         "filtered": sum(batch.stats.filtered.values()),
         "open_lanes": batch.state.open_lanes,
-        "stop": float(stop.is_set),
+        "stop": stop.vote(dist.get_rank()),
     }
 
 

@@ -109,7 +109,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_checkpoint(undisturbe
     assert read_status(folder).outcome == "finished"
     assert [event["kind"] for event in read_events(folder)].count("start") == 2
     ends = [event for event in read_events(folder) if event["kind"] == "end"]
-    assert [(end["finished"], end["signal"]) for end in ends] == [(False, "a signal on another rank"), (True, None)]
+    assert [(end["finished"], end["signal"]) for end in ends] == [(False, "a signal on rank 1"), (True, None)]
 
 
 def test_training_a_finished_run_again_changes_nothing(undisturbed, data, tmp_path):
@@ -159,5 +159,6 @@ def test_a_second_process_on_a_run_folder_is_refused(data, tmp_path):
     wait_until(lambda: (tmp_path / "tiny" / "metrics.jsonl").exists())
     with pytest.raises(RankError, match="is being trained by another process"):
         run_ranks(1, train, config)
-    os.kill(first.pids[0], signal.SIGTERM)
+    os.kill(first.pids[0], signal.SIGHUP)  # a terminal that is closed
     assert first.wait(60) == ({0: 75}, {})
+    assert read_status(tmp_path / "tiny").reason == "stopped by SIGHUP with a checkpoint"

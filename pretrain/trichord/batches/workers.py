@@ -43,7 +43,7 @@ _LESS_MEMORY = (
     "lower batches.num_workers or batches.prefetch_steps; then start again, the run goes on from its checkpoint"
 )
 _PIDS = re.compile(r"pid\D*((?:\d+,? ?)+)")
-_IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+_IGNORED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,24 @@ def _next(iterator: Any) -> Any:
     try:
         return iterator._next_data()
     except RuntimeError as error:
-        if "killed by signal" not in str(error) and "exited unexpectedly" not in str(error):
+        if (death := death_of_worker(error)) is None:
             raise  # a fault in the code, with its trace
-        said = str(error).splitlines()[0]
-        pids = [int(pid) for found in _PIDS.findall(said) for pid in re.findall(r"\d+", found)]
-        did = "".join(f"{worker.name} did: {worker.phase}. " for worker in worker_phases() if worker.pid in pids)
-        raise TrichordError(
-            f"a process of the loader has died: {said.rstrip('.')}. {did}Most often memory ran out: {_LESS_MEMORY}"
-        ) from error
+        raise death from error
+
+
+def death_of_worker(error: BaseException) -> TrichordError | None:
+    """What torch's error that a loader's process is gone means, and at which sample it was; None for other errors.
+
+    torch raises it wherever the main process is at the moment, in a collective, say.
+    """
+    said = str(error).partition("\n")[0].rstrip(". ")
+    if not isinstance(error, RuntimeError) or not re.search(
+        r"DataLoader worker.*(killed by signal|exited unexp)", said
+    ):
+        return None
+    pids = [int(pid) for found in _PIDS.findall(said) for pid in re.findall(r"\d+", found)]
+    did = "".join(f"{worker.name} did: {worker.phase}. " for worker in worker_phases() if worker.pid in pids)
+    return TrichordError(f"a process of the loader has died: {said}. {did}Most often memory ran out: {_LESS_MEMORY}")
 
 
 def _checked(parcel: Parcel | WorkerFault | None) -> Parcel | None:

@@ -21,7 +21,7 @@ from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
 from trichord.engine.build import EngineModule, build_engine, set_rates, start_process_group
 from trichord.engine.param_groups import build_param_groups
-from trichord.engine.watch import StopFlag
+from trichord.engine.stop import StopFlag
 from trichord.journal import Progress, Recording
 from trichord.restore import build_from_config, training_lengths
 from trichord.train import local_counts

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trichord.batches.workers import death_of_worker
 from trichord.core.errors import EXIT_UNEXPECTED, TrichordError
 from trichord.core.phase import current_phase, notes
 from trichord.engine.config import EngineConfig
@@ -70,6 +71,8 @@ def readable(error: BaseException, engine: EngineConfig, micro_rows: int) -> Bas
     """The same as a `TrichordError` with one message, where a user can act on it; else the error itself."""
     if isinstance(error, TrichordError):
         return error
+    if (death := death_of_worker(error)) is not None:
+        return death
     if isinstance(error, torch.OutOfMemoryError):
         return FaultError(_out_of_memory("the device", str(error), engine, micro_rows))
     host = isinstance(error, RuntimeError) and _NO_HOST_MEMORY.search(str(error)) is not None

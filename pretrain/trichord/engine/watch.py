@@ -1,4 +1,4 @@
-"""Stopping and faults. A signal only sets a flag; a thread watches the other ranks and leaves when one is gone.
+"""Faults. A thread watches the other ranks and leaves when one is gone.
 
 Ranks save only after all have agreed on the flag in a completed collective (it travels with the step's counts). A rank
 that dies cannot agree: its peers would wait in a collective until the timeout. Each rank's watcher therefore beats in
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -29,42 +27,11 @@ from trichord.engine.stuck import Sight, describe, dump_stacks, look, stuck_rank
 
 log = get_logger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 START_FACTOR = 3.0
 """Times the patience with a silent rank while the run starts."""
 KEYS_AT_ONCE = 256
 OWN_END_S = 15.0
 """How long a rank that failed may take to end: the teardown of broken groups can hang."""
-
-
-class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1; read by the training loop. Installing it twice is harmless."""
-
-    def __init__(self):
-        self._received: int | None = None
-
-    def install(self) -> StopFlag:
-        """Take over the signals of this process. Only the main thread may call this."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number: int, _frame) -> None:
-        # Nothing that takes a lock: handlers run between any two bytecodes.
-        if self._received is not None:
-            name = signal.Signals(number).name
-            with suppress(OSError):
-                os.write(2, f"{name}: stopping already, with a checkpoint; kill -9 ends it without one\n".encode())
-        self._received = self._received or number
-
-    @property
-    def is_set(self) -> bool:
-        return self._received is not None
-
-    @property
-    def name(self) -> str | None:
-        """Of the signal; None where this process has had none."""
-        return signal.Signals(self._received).name if self._received else None
 
 
 class Judge(Protocol):

@@ -62,7 +62,7 @@ def gone_within(pids, seconds) -> bool:
 
 def test_signals_of_the_job_do_not_reach_workers(rank):
     process, commands, workers = rank
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         for worker in workers:
             os.kill(worker, number)
     commands.send("go on")

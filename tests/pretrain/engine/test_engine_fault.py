@@ -54,6 +54,13 @@ def test_disks_are_told_with_the_file(number, says):
     assert "/runs/x/metrics.jsonl" in said
 
 
+def test_a_worker_whose_death_comes_in_the_middle_of_a_step_is_one_message():
+    """torch raises it in the handler of a signal, wherever the rank is."""
+    said = words(RuntimeError("DataLoader worker (pid 953) is killed by signal: Killed. "))
+    assert "a process of the loader has died: DataLoader worker (pid 953) is killed by signal: Killed. Most" in said
+    assert "lower batches.num_workers" in said
+
+
 def test_other_errors_stay_what_they_are():
     for error in (ValueError("x"), DataError("y"), OSError(errno.ENOENT, "No such file")):
         assert readable(error, EngineConfig(), 4) is error
