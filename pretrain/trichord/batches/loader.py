@@ -27,6 +27,7 @@ from trichord.batches.decoding import DecodedRow, RowDecoder
 from trichord.batches.lane_reader import LaneReader
 from trichord.batches.loader_state import LaneCursor, LoaderState, Tally
 from trichord.batches.order import data_identity, lane_planner
+from trichord.batches.own_loop import NO_LENGTH, refuse_workers, warn_of_other_ranks
 from trichord.batches.packed_batch import PackedBatch
 from trichord.batches.step_planner import PlannedStep, StepPlanner
 from trichord.batches.tokenizer import load_tokenizer
@@ -117,6 +118,7 @@ class Loader:
         """
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank must be 0 to world_size - 1, got rank {rank} of {world_size}")
+        warn_of_other_ranks(world_size * sequence_size)
         tables = open_sources(shards, follow_folder)
         tokenizer = load_tokenizer(batches.tokenizer)
         self.tokenizer = tokenizer
@@ -170,7 +172,14 @@ class Loader:
             self._running.close()
             self._running = None
 
+    def __len__(self) -> int:
+        raise TypeError(NO_LENGTH)  # what a DataLoader around it asks first
+
+    def __bool__(self) -> bool:
+        return True
+
     def __iter__(self) -> Iterator[StepBatch]:
+        refuse_workers()
         self.close()
         self._running = self._steps()
         return self._running
