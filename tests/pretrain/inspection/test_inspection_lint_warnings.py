@@ -55,7 +55,7 @@ def test_what_no_sample_reads_is_a_warning(configured, tmp_path, monkeypatch, ca
 
 
 def test_scattered_members_must_be_mended(tmp_path, capsys):
-    whole = pairs(30, 1)
+    whole = [member for member in pairs(30, 1) if not member[0].endswith(".json")]  # whose parts are no bad samples
     scattered = sorted(whole, key=lambda member: member[0].rpartition(".")[2])
     assert main(["data", "lint", str(write_tar(tmp_path / "s.tar", scattered))]) == 3
     printed = capsys.readouterr().out
