@@ -141,13 +141,13 @@ def opening_line(
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     processes += f", {sharing} to each row" if sharing > 1 else ""
     where = f"{folder.path} on {processes}, attempt {folder.attempt}"
-    if step >= total_steps:
-        return f"{where}: already at step {step} of {total_steps}, nothing to do; raise run.max_steps to go on"
-    if resumed is not None:
-        return f"{where}: going on from {resumed.folder.name}, to step {total_steps}"
-    return f"{where}: a new run of {total_steps} steps"
     if resumed is not None and resumed.loader.exhausted and step < total_steps:
         return (
             f"{where}: all sources are used up since step {step}, nothing to do; more epochs are a new run, from these "
             "weights by run.init_from"
         )
+    if step >= total_steps:
+        return f"{where}: already at step {step} of {total_steps}, nothing to do; raise run.max_steps to go on"
+    if resumed is not None:
+        return f"{where}: going on from {resumed.folder.name}, to step {total_steps}"
+    return f"{where}: a new run of {total_steps} steps"

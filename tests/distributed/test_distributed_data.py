@@ -84,8 +84,8 @@ def test_dealing_and_workers_change_neither_the_data_nor_the_losses(data, tmp_pa
 
 
 def test_sources_that_are_used_up_end_the_run_with_each_sample_accounted_for(data, tmp_path):
-    """Two sources once, one twice, filters on one of them, clips that are longer than a row; then the run is started
-    again."""
+    """Two sources once, one twice, filters on one of them, clips that are longer than a row. The run stops when one
+    source is used up, goes on to the end, and is started again."""
     path = write_config(data, tmp_path / "ends")
     config = yaml.safe_load(path.read_text())
     it, at, iat = config["shards"]["sources"]
@@ -95,7 +95,8 @@ def test_sources_that_are_used_up_end_the_run_with_each_sample_accounted_for(dat
     config["batches"] |= {"row_tokens": 10, "rows_per_step": 8, "micro_rows": 4}
     config["shards"] |= {"min_samples_for_bad_fraction": 1, "max_bad_fraction": 0.0}
     path.write_text(yaml.safe_dump(config))
-    assert run_ranks(2, train, str(path), "run.max_steps=500") == [0, 0]
+    assert run_ranks(2, train, str(path), "run.max_steps=17") == [0, 0]
+    assert run_ranks(1, train, str(path), "run.max_steps=500") == [0]
     folder = tmp_path / "ends" / "tiny"
     rows = read_metrics(folder)
     assert all(row["train/loss"] > 0 and row["train/grad_norm"] > 0 for row in rows)
@@ -111,9 +112,10 @@ def test_sources_that_are_used_up_end_the_run_with_each_sample_accounted_for(dat
     assert (end["finished"], end["checkpoint_saved"], end["signal"]) == (True, True, None)
     assert end["reason"] == f"all sources used up at step {end['step']} (run.max_steps 500)"
     assert steps == f"step-{end['step']:06d}"
-    used_up = {event["source"]: event["step"] for event in events if event["kind"] == "source_used_up"}
-    assert used_up.keys() == {"it", "at", "iat"}
-    assert used_up["it"] < used_up["iat"] <= end["step"]
+    told = [event for event in events if event["kind"] == "source_used_up"]
+    assert sorted(event["source"] for event in told) == ["at", "iat", "it"]
+    used_up = {event["source"]: event["step"] for event in told}
+    assert used_up["it"] <= 17 < used_up["iat"] <= end["step"]
 
     assert run_ranks(1, train, str(path), "run.max_steps=600") == [0]
     assert find_latest(folder / "checkpoints").name == steps
