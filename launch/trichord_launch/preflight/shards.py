@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from trichord.config.run import RunConfig
 from trichord.core.errors import DataError, TrichordError
 from trichord.shards.config import FieldsConfig, SourceConfig
-from trichord.shards.gathering import walk_shard
-from trichord.shards.index import Look, ShardIndex, load_index, look_at
+from trichord.shards.index import Look, ShardIndex, load_index, look_at, walk_shard
 from trichord.shards.locations import is_compressed, is_remote, shown
 from trichord.shards.sources import expand_shards
 from trichord.shards.storage import configure_storage, read_range, with_retries

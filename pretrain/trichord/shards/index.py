@@ -19,7 +19,7 @@ from trichord.shards import sidecars
 from trichord.shards.config import FieldsConfig, StorageConfig
 from trichord.shards.entries import FieldMap, Measures, SampleEntry, Sibling, make_entry
 from trichord.shards.foreign_idx import note_on_idx
-from trichord.shards.gathering import GatheredSample, gather_samples, kinds_by_ext
+from trichord.shards.gathering import GatheredSample, gather_samples, kinds_by_ext, walk_shard
 from trichord.shards.locations import is_remote, shown
 from trichord.shards.members import MemberRef, WalkReport, split_name, walk_members
 from trichord.shards.patience import settings
@@ -38,6 +38,7 @@ __all__ = [
     "load_header",
     "load_index",
     "look_at",
+    "walk_shard",
 ]
 
 _log = get_logger(__name__)
