@@ -56,7 +56,10 @@ def test_stretches_without_a_finite_value():
 
 def test_axes_of_counts_start_at_zero_and_ticks_need_no_offset():
     minus = "\N{MINUS SIGN}"
-    assert minus not in line_chart([Line("", [1, 2], [0, 0])], key="a", span=(1, 2))
+    zeros = line_chart([Line("", [1, 2], [0, 0])], key="a", span=(1, 2000))
+    assert minus not in zeros
+    assert ">1</text>" in zeros
+    assert ">2000</text>" in zeros, "the axis goes on to the last step of the run"
     assert minus in line_chart([Line("", [1, 2], [-1, 1])], key="a", span=(1, 2))
     assert [tick_text(v) for v in (0.25, 1500, 12_500, 7.5e8, -2.0, 1e30)] == [
         *("0.25", "1500", "12.5k", "750M", f"{minus}2", "1e+30")
@@ -99,7 +102,7 @@ def test_runs_of_one_name_are_called_by_their_folders_and_one_given_twice_is_sho
         write_run(tmp_path / place / "tiny")
     assert main(["report", "runs/tiny", "other/tiny", "other/../runs/tiny", "--out", "r.html"]) == 0
     text = text_of(tmp_path / "r.html")
-    assert "runs/tiny, other/tiny" in text
+    assert "<h1>runs/tiny, other/tiny" in (tmp_path / "r.html").read_text()
     assert "runs/tiny was given 2 times, and is shown once" in text
 
 
