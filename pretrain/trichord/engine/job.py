@@ -14,12 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trichord.core.errors import ConfigError
+from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.log import FILE_ONLY, get_logger
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 
 log = get_logger(__name__)
+
+_OUTSIDE = (TrichordError, MemoryError, OSError, RuntimeError)  # memory, disks, peers: no matter of an overlay
 
 
 def check_job(engine: EngineConfig, micro_rows: int, world_size: int) -> None:
@@ -48,8 +50,9 @@ def overlay_named(engine: EngineConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        if not engine.deepspeed:
+    except Exception as error:
+        outside = isinstance(error, _OUTSIDE) and not isinstance(error, NotImplementedError)
+        if outside or not engine.deepspeed:
             raise
         log.error("DeepSpeed refuses the overlay", exc_info=True, extra=FILE_ONLY)
         raise _refused_overlay(engine.deepspeed, error) from error
@@ -99,7 +102,8 @@ def _explained(overlay: dict[str, Any], error: ValidationError) -> ConfigError:
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
     near = difflib.get_close_matches(key, known, n=1) if first["type"] == "extra_forbidden" else []
     hint = f"; nearest: {near[0]}" if near else ""
-    return ConfigError(f"engine.deepspeed.zero_optimization.{key}: DeepSpeed says: {first['msg']}{hint}")
+    where = ".".join(filter(None, ("engine.deepspeed.zero_optimization", key)))
+    return ConfigError(f"{where}: DeepSpeed says: {first['msg']}{hint}")
 
 
 def _check_nvme(folder: Path) -> None:

@@ -131,6 +131,12 @@ MODEL = [
         "nearest: overlap_comm",
     ),
     Mistake(
+        "DeepSpeed key that it fails at",
+        "train c.yaml engine.zero_stage=1 engine.deepspeed.zero_optimization.legacy_stage1=true",
+        USAGE,
+        "DeepSpeed does not take engine.deepspeed (zero_optimization): Exception: The deprecated",
+    ),
+    Mistake(
         "no fp16 on a CPU",
         f"{NO_SHARDS} engine.zero_stage=1 engine.precision=fp16",
         USAGE,

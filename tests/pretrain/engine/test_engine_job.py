@@ -85,6 +85,8 @@ def test_what_the_engine_refuses_of_an_overlay_is_one_line_and_no_bug_is_taken_f
         raise AssertionError("no such\n  thing")
     with pytest.raises(AssertionError, match="a bug"), overlay_named(EngineConfig()):
         raise AssertionError("a bug")
+    with pytest.raises(RuntimeError, match="lost"), overlay_named(engine):
+        raise RuntimeError("a peer is lost")
 
 
 def test_nvme_needs_a_folder_and_libaio(tmp_path, monkeypatch):
