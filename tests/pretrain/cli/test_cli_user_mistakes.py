@@ -206,7 +206,7 @@ DATASET = [
     Mistake(
         "beta out of range", "data stats shards --balance-by source --beta 2 --workers 1", USAGE, "less than 1, got 2"
     ),
-    Mistake("preview of a shard", "data preview shards/shard-000000.tar", USAGE, "expected UTF-8 text"),
+    Mistake("preview of a shard", "data preview shards/shard-000000.tar", USAGE, "takes a config, since rows"),
     Mistake(
         "preview of no rank", "data preview c.yaml --rank 3 --world-size 2", USAGE, "less than --world-size 2, got 3"
     ),
