@@ -140,8 +140,8 @@ def provenance(
     proof = "not verified" if found.verified_by is None else f"reaches the digest of step {found.verified_by}"
     typer.echo(f"{len(found.samples)} samples, planned from step {found.planned_from}, {proof}", err=True)
     write_json(json_file, found.to_json())
-
     return EXIT_DONE
+
 
 def _replay(run: Path, step: int, json_file: Path | None) -> int:
     from trichord.replay import replay_step
@@ -157,8 +157,8 @@ def _replay(run: Path, step: int, json_file: Path | None) -> int:
     apart = "" if found.difference is None else f", by {found.difference:.1e}, relative; allowed {found.limit:.0e}"
     typer.echo(f"{step - found.replayed_from} steps from {start} on, in one process; {found.verdict}{apart}", err=True)
     write_json(json_file, found.to_json())
-
     return EXIT_DATA if found.verdict == "differs" else EXIT_DONE
+
 
 def _rebuild(run: Path, step: int, json_file: Path | None) -> int:
     from trichord.replay import rebuild_batch
@@ -171,8 +171,8 @@ def _rebuild(run: Path, step: int, json_file: Path | None) -> int:
     told = "; ".join(found.differences) or f"compared with {' and '.join(with_what) or 'the samples left out'}"
     typer.echo(f"{found.verdict}: {told}", err=True)
     write_json(json_file, found.to_json())
-
     return EXIT_DATA if found.verdict == "differs" else EXIT_DONE
+
 
 @app.command()
 def plan(
