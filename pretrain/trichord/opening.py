@@ -19,8 +19,9 @@ from trichord.checkpoints.mirror_place import mirror_of, require_place
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.load import resolved_yaml
 from trichord.config.run import RunConfig
-from trichord.core.errors import ConfigError
+from trichord.core.errors import ConfigError, StoppedError
 from trichord.core.status import clear_rank_statuses, write_atomically
+from trichord.engine.stop import StopFlag
 from trichord.engine.together import decide_on_rank_0
 from trichord.evaluate import suite_sources
 from trichord.restore import item_lengths, stored_config
@@ -84,11 +85,12 @@ def fetch_from_mirror(config: RunConfig) -> None:
         write_atomically(path / "config.yaml", resolved_yaml(stored))
 
 
-def make_sidecars(config: RunConfig, folder: RunFolder) -> None:
+def make_sidecars(config: RunConfig, folder: RunFolder, stop: StopFlag) -> None:
     """The sidecars of all shards, those that are missing or stale; on rank 0, so that all find them made. A run that
     goes on must find the shards that it began with.
 
     Raises:
+        StoppedError: a signal came while shards were indexed, which may take hours.
         ConfigError: an exclude list cannot be read.
         DataError: a shard cannot be read, or is not what it was when the run began.
     """
@@ -96,7 +98,7 @@ def make_sidecars(config: RunConfig, folder: RunFolder) -> None:
     sources = (*config.shards.sources, *suite_sources(config))
     for path in {path for source in sources for path in source.filters.exclude}:
         read_exclude_list(path)  # before hours of indexing
-    found = [(source, _indexed(source)) for source in sources]
+    found = [(source, _indexed(source, stop)) for source in sources]
     learned = {source.name: shards for source, shards in found[: len(config.shards.sources)] if not source.follow}
     began = folder.branch_folder or folder.path
     if folder.kind != "fresh":
@@ -106,12 +108,19 @@ def make_sidecars(config: RunConfig, folder: RunFolder) -> None:
     warn_at_start(found, config.shards.max_member_bytes)
 
 
-def _indexed(source: SourceConfig) -> list[ShardHeader]:
+def _indexed(source: SourceConfig, stop: StopFlag) -> list[ShardHeader]:
     urls = expand_shards(source)
     with work_progress(f"index {source.name}", len(urls)) as advance:
-        return index_shards(
-            urls, min(os.cpu_count() or 1, MAX_INDEXERS), lambda done, total, url: advance(1), source.fields
-        )
+
+        def note(done: int, total: int, url: str) -> None:
+            advance(1)
+            if stop.is_set:
+                raise StoppedError(
+                    f"stopped by {stop.name} before the first step, with {done} of {total} shards of {source.name} "
+                    "indexed, which stay so; run the same command to go on"
+                )
+
+        return index_shards(urls, min(os.cpu_count() or 1, MAX_INDEXERS), note, source.fields)
 
 
 def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:

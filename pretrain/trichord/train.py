@@ -27,7 +27,7 @@ from trichord.checkpoints.load import load_into
 from trichord.checkpoints.save import CheckpointSaver
 from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
-from trichord.core.errors import EXIT_DONE, TrichordError
+from trichord.core.errors import EXIT_DONE, StoppedError, TrichordError
 from trichord.core.log import configure_logging, get_logger
 from trichord.core.phase import set_phase
 from trichord.core.seed import derive_seed
@@ -55,8 +55,8 @@ def run(config: RunConfig) -> int:
     """Train to the end, to a signal, or to an error, and leave the verdict in the run folder's status files.
 
     Returns:
-        The exit code: 0 finished, 75 stopped on a signal with a checkpoint. Under torchrun 0 for both: it takes any
-        other code of one rank for a crash and ends the rest; the verdict is in the status file.
+        The exit code: 0 finished, 75 stopped on a signal, with a checkpoint unless no step was begun. Under torchrun 0
+        for both: it takes any other code of one rank for a crash and ends the rest; the verdict is in the status file.
 
     Raises:
         TrichordError: with its exit code, after the status was written.
@@ -67,6 +67,10 @@ def run(config: RunConfig) -> int:
     try:
         code = train(config, stop, verdict)
         return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else code
+    except StoppedError as told:  # on all ranks
+        verdict.stopped_early(told)
+        dist.destroy_process_group()
+        return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else told.exit_code
     except BaseException as error:
         told = verdict.failed(error)
         if told is error:
@@ -90,7 +94,7 @@ def train(config: RunConfig, stop: StopFlag, verdict: Verdict) -> int:
     tokenizer = load_tokenizer(config.batches.tokenizer)
 
     # Shards: found and indexed, and the length of the run known, before anything large is built.
-    decide_on_rank_0(lambda: make_sidecars(config, folder))
+    decide_on_rank_0(lambda: make_sidecars(config, folder, stop))
     config = fix_length(config, folder)
     total_steps = config.run.max_steps or 0
     for doubt in doubts(config.engine, total_steps) if facts.rank == 0 else ():

@@ -20,7 +20,7 @@ from typing import IO, Any
 from trichord.config.identity import RunFolder, run_path
 from trichord.config.run import RunConfig
 from trichord.core.dist import rank_facts
-from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrichordError
+from trichord.core.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, StoppedError, TrichordError
 from trichord.core.log import FILE_ONLY, get_logger
 from trichord.core.status import Status, write_atomically, write_rank_status, write_status
 from trichord.engine.fault import Fault, FaultError, is_broken_collective, readable
@@ -121,6 +121,15 @@ class Verdict:
             raise TrichordError(f"the last checkpoint (step {self.step}) could not be written: {why}")
         if self.rank == 0:
             self._run("finished" if ending.finished else "stopped", ending.code, ending.reason)
+
+    def stopped_early(self, told: StoppedError) -> None:
+        """A signal came before the first step; all ranks know it."""
+        if self.watch is not None:
+            self.watch.stop()
+        if self.rank == 0:
+            log.info("%s", told)
+            self._event("end", {"checkpoint_saved": False, "finished": False, "reason": str(told)})
+            self._run("stopped", told.exit_code, str(told))
 
     def not_saved(self, step: int, problem: str) -> None:
         """On rank 0: a checkpoint was abandoned. The run goes on, and has the one before."""

@@ -78,6 +78,22 @@ def kill(rank: int, step: int) -> None:
     at_step(step, rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def stop_while_indexing() -> None:
+    """Rank 0 has a signal between two shards."""
+    from trichord import opening
+
+    index_shards = opening.index_shards
+
+    def planted(urls, workers, note, fields):
+        def signalled(done, total, url):
+            os.kill(os.getpid(), signal.SIGTERM)
+            note(done, total, url)
+
+        return index_shards(urls, workers, signalled, fields)
+
+    opening.index_shards = planted
+
+
 def raise_bug(rank: int, step: int) -> None:
     at_step(step, rank, lambda: 1 // 0)
 
@@ -252,6 +268,6 @@ def may_mount() -> bool:
 
 
 PLANTS = {function.__name__: function for function in (
-    nothing, slow_steps, hang, kill, raise_bug, host_memory, device_memory, worker_hangs, worker_dies, worker_memory,
-    file_size, log_on_full_disk, not_finite, shards_vanish, slow_save, read_only, full_disk,
+    nothing, slow_steps, stop_while_indexing, hang, kill, raise_bug, host_memory, device_memory, worker_hangs,
+    worker_dies, worker_memory, file_size, log_on_full_disk, not_finite, shards_vanish, slow_save, read_only, full_disk,
 )}  # fmt: skip

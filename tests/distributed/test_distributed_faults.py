@@ -278,6 +278,18 @@ def test_a_second_signal_does_not_cost_the_checkpoint(data, tmp_path):
     assert find_latest(folder / "checkpoints").name == f"step-{status.step:06d}"
 
 
+def test_a_signal_while_shards_are_indexed_does_not_wait_for_the_first_step(data, tmp_path):
+    ended = run_with(data, tmp_path, 2, "stop_while_indexing", {})
+    assert ended.codes == {0: 75, 1: 75}
+    status, (event,) = read_status(ended.folder), ended.events("end")
+    assert (status.outcome, status.exit_code, status.step) == ("stopped", 75, 0)
+    said = "stopped by SIGTERM before the first step, with 1 of 2 shards of it indexed"
+    assert status.reason.startswith(said)
+    assert (event["finished"], event["reason"]) == (False, status.reason)
+    assert said in ended.log(0)
+    assert not ended.events("fault")
+
+
 def test_a_corrupted_checkpoint_is_exit_4_and_stays_as_it_is(data, tmp_path):
     config = small_config(data, tmp_path)
     first = end_of(Ranks(1, train_planted, "nothing", {}, str(config), []), tmp_path / "tiny")

@@ -30,6 +30,12 @@ class DataError(TrichordError):
     exit_code = EXIT_DATA
 
 
+class StoppedError(TrichordError):
+    """A signal came before the first step: no checkpoint is needed, and the next start goes on from what is made."""
+
+    exit_code = EXIT_STOPPED
+
+
 class CheckpointError(TrichordError):
     """A checkpoint is missing, incomplete, or does not belong to this config."""
 
