@@ -19,7 +19,7 @@ from trichord.checkpoints.mirror_place import mirror_of, require_place
 from trichord.config.identity import RunFolder, prepare_run_folder, run_path, write_run_record
 from trichord.config.load import resolved_yaml
 from trichord.config.run import RunConfig
-from trichord.core.errors import ConfigError, StoppedError
+from trichord.core.errors import ConfigError, DataError, StoppedError
 from trichord.core.status import clear_rank_statuses, write_atomically
 from trichord.engine.stop import StopFlag
 from trichord.engine.together import decide_on_rank_0
@@ -136,7 +136,10 @@ def fix_length(config: RunConfig, folder: RunFolder) -> RunConfig:
         )
     )
     if steps == 0:
-        raise ConfigError("the sources hold no usable sample, so the run would have no step; see quarantine.jsonl")
+        raise DataError(
+            "the sources hold no usable sample, so the run would have no step: all are bad, filtered or longer than "
+            "batches.row_tokens; `trichord data lint CONFIG` says which"
+        )
     fixed = config.model_copy(update={"run": config.run.model_copy(update={"max_steps": steps})})
     if dist.get_rank() == 0:
         write_run_record(folder, fixed)
@@ -150,7 +153,7 @@ def opening_line(
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     processes += f", {sharing} to each row" if sharing > 1 else ""
     where = f"{folder.path} on {processes}, attempt {folder.attempt}"
-    if resumed is not None and resumed.loader.exhausted and step < total_steps:
+    if resumed is not None and resumed.loader.exhausted:
         return (
             f"{where}: all sources are used up since step {step}, nothing to do; more epochs are a new run, from these "
             "weights by run.init_from"

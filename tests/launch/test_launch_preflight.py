@@ -354,6 +354,7 @@ def test_a_plan_for_larger_gpus_or_another_number_of_them_is_told(ready):
     ("text", "said"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "not a plan: a list and no mapping"),
         ('{"sources": []}', "not a plan: it has no checkpoint"),
         ('{"checkpoint": {"bytes": 1}}', "not a plan: it does not say of which run"),

@@ -53,7 +53,7 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"--plan {path}: no such file; {_AGAIN}") from error
     except OSError as error:
         raise ConfigError(f"--plan {path}: cannot be read: {error.strerror}; {_AGAIN}") from error
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ConfigError(f"--plan {path}: not JSON; {_AGAIN}") from error
     return _plan_of(Path(path), facts)
 

@@ -95,6 +95,9 @@ _REFUSED_INSIDE = {
 """As `REFUSED`, of keys inside sections that are taken."""
 _TYPED_WHERE_SET = {f"{_ZERO}.memory_efficient_linear": "engine.activation_checkpointing"}
 """As `_TYPED`, but free where our JSON does not have them."""
+_LEAST = {"steps_per_print": 1, "flops_profiler.profile_step": 1, "flops_profiler.top_modules": 1}
+_LEAST |= {"flops_profiler.module_depth": -1}
+"""Whole numbers that DeepSpeed takes as they come, to fail in the middle of a run -> the smallest it can use."""
 
 _ABSENT = object()
 
@@ -140,6 +143,9 @@ def _merged(derived: dict[str, Any], overlay: dict[str, Any], path: str) -> dict
 def _require_agreement(where: str, value: Any, ours: Any) -> None:
     if where in _REFUSED_INSIDE:
         raise ConfigError(f"engine.deepspeed.{where} is not for this run: {_REFUSED_INSIDE[where]}")
+    least = _LEAST.get(where)
+    if least is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ConfigError(f"engine.deepspeed.{where}: expected a whole number from {least} on, got {value!r}")
     typed = _TYPED.get(where) or (_TYPED_WHERE_SET.get(where) if ours is not _ABSENT else None)
     if typed is None or value == ours:
         return

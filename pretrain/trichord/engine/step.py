@@ -21,6 +21,7 @@ from trichord.engine.features import FeatureGradients, SlotLayout, features_of_s
 from trichord.engine.label_losses import label_sums
 from trichord.objectives.combine import micro_loss
 from trichord.objectives.config import ObjectivesConfig
+from trichord.objectives.next_token import divisor
 
 # What the one count all-reduce of a step carries. labels: each as much as it weighs.
 COUNT_NAMES: tuple[str, ...] = (
@@ -165,7 +166,7 @@ class Stepper:
                 sums = label_sums(batch, output["next_token_losses"], self.num_sources)
                 split = sums if split is None else split + sums
         if self.objectives.next_token is not None:
-            losses["next_token"] = label_loss / global_labels.clamp(min=1.0)
+            losses["next_token"] = label_loss / divisor(global_labels)
         return losses, split
 
     def _update(self) -> tuple[float, bool]:

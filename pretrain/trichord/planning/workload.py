@@ -159,7 +159,7 @@ def _read_stats(file: Path) -> dict[str, Any]:
         raise ConfigError(f"--stats {file}: no such file; {_MAKE_STATS}") from error
     except OSError as error:
         raise ConfigError(f"--stats {file}: cannot be read: {error.strerror}; {_MAKE_STATS}") from error
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ConfigError(f"--stats {file}: not JSON; {_MAKE_STATS}") from error
     sources = stats.get("sources") if isinstance(stats, dict) else None
     if not isinstance(sources, list) or not all(

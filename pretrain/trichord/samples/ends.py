@@ -5,6 +5,7 @@ from __future__ import annotations
 OGG_TAIL_BYTES = 65_536
 """No Ogg page is longer: 27 bytes, a table of 255 and as many segments of at most 255."""
 _PAGE_HEADER_BYTES = 27
+_OGG_PAGE = b"OggS\0"  # with the version of the format, so that such letters in a sound are no page
 _END_OF_STREAM = 4
 _ID3_BYTES = 10
 _SYNC_BYTES = 4096
@@ -18,7 +19,7 @@ _SHARE_OFF = 0.01
 
 def ogg_is_ended(tail: bytes) -> bool:
     """Whether the last page of an Ogg file is whole and ends a stream. tail: its last `OGG_TAIL_BYTES`, or all."""
-    at = tail.rfind(b"OggS")
+    at = tail.rfind(_OGG_PAGE)
     page = tail[at:] if at >= 0 else b""
     if len(page) < _PAGE_HEADER_BYTES:
         return False

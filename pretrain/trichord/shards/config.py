@@ -96,7 +96,7 @@ class SourceConfig(Leaf):
     """Share of draws (or tokens, see `shards.weights_by`), relative to the others of its group."""
     weight_schedule: tuple[tuple[int, float], ...] = ()
     """(step, weight) pairs, steps ascending: from each step on, that weight; before the first, `weight`."""
-    loss_weight: float = Field(default=1.0, gt=0)
+    loss_weight: float = Field(default=1.0, ge=1e-6, le=1e6)
     """How much each of its labels counts in the next-token loss, a mean by weight. Training only; the order of samples
     does not change."""
     group: str = Field(default="", pattern=r"^([A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)?$")

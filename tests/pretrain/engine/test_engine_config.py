@@ -128,6 +128,8 @@ def test_overlay_wins_over_what_is_only_a_default():
         ({ZERO: {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device is 'cpu', but engine.offload"),
         ({ZERO: {"zenflow": {"topk_ratio": 0.1}}}, "zenflow is not for this run: it is another update"),
         ({ZERO: 3}, "zero_optimization: expected a mapping of keys to values, got 3"),
+        ({"steps_per_print": 0}, "steps_per_print: expected a whole number from 1 on, got 0"),
+        ({"flops_profiler": {"profile_step": "abc"}}, "profile_step: expected a whole number from 1 on, got 'abc'"),
         ({"zero_optimizaton": {}}, "zero_optimizaton: DeepSpeed knows no such key; nearest: zero_optimization"),
         ({"xyz": 1}, "xyz: DeepSpeed knows no such key; taken: zero_optimization, fp16"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is not for this run: engine.optimizer says"),

@@ -56,6 +56,7 @@ def test_statistics_of_other_data_are_refused(config, tmp_path):
     [
         (None, "no such file"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "no list of sources"),
         ('{"sources": {"scans": 1}}', "no list of sources"),
         ('{"sources": [{"name": "scans", "text_tokens": 3}, OTHERS]}', "figures of source 'scans' are missing or no"),

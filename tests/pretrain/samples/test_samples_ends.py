@@ -67,7 +67,7 @@ def test_an_mp3_without_a_header_is_decoded_as_far_as_it_goes():
 
 
 def test_what_stands_behind_the_last_ogg_page_is_no_damage():
-    data = encode("OGG", "VORBIS", 2) + b"TAG" + bytes(125)
+    data = encode("OGG", "VORBIS", 2) + b"TAG OggS as text" + bytes(125)
     assert len(decode_audio(data, AudioConfig(), indexed(data))) == 2 * RATE
 
 
