@@ -12,17 +12,18 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trichord.building.balance import cut, shuffled
-from trichord.building.partial import PLAN_FILE, partial_folder, refuse_taken
+from trichord.building.partial import PLAN_FILE, after_bad_source, partial_folder, refuse_taken
 from trichord.building.places import refuse_remote_out
 from trichord.building.processes import run_tasks
 from trichord.building.rows import BadRow, BuildRow, located
 from trichord.building.spool import SpoolWriter, write_order
-from trichord.building.writer import ShardDone, ShardTask, make_shard
+from trichord.building.writer import ShardDone, ShardStopped, ShardTask, make_shard
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
 from trichord.core.seed import derive_seed
@@ -145,7 +146,11 @@ def build(
             for group in {group for group, _, _ in plan["shards"]}:
                 refuse_taken(out_dir / group, layout.prefix)
             tasks = _tasks(folder, plan, check_contents, on_bad, fields)
-            _note_moves(folder, layout.prefix, plan, _write_all(tasks, workers, ray, on_progress))
+            done = _write_all(tasks, workers, ray, on_progress)
+            if isinstance(done, ShardStopped):
+                listed_again = done.by_source and identity is not None
+                raise DataError(done.reason + (after_bad_source(folder) if listed_again else ""))
+            _note_moves(folder, layout.prefix, plan, done)
         result = _publish(folder, out_dir)
         index_shards(result.paths, workers, fields=fields)  # fresh by now; one look each
         _report(result, out_dir, layout.prefix)
@@ -216,16 +221,18 @@ def _tasks(folder: Path, plan: dict[str, Any], check: bool, on_bad: str, fields:
 
 def _write_all(
     tasks: list[ShardTask], workers: int, ray: bool, on_progress: Callable[[int, int], None] | None
-) -> list[ShardDone]:
+) -> list[ShardDone] | ShardStopped:
+    """All shards, or the first that stopped; processes started here have ended by then."""
     done: dict[int, ShardDone] = {}
     written = 0
-    for result in run_tasks(make_shard, tasks, workers, ray):
-        if isinstance(result, str):
-            raise DataError(result)
-        done[result.number] = result
-        written += result.samples + len(result.left_out)
-        if on_progress is not None:
-            on_progress(written, tasks[-1].last)
+    with closing(run_tasks(make_shard, tasks, workers, ray)) as results:
+        for result in results:
+            if isinstance(result, ShardStopped):
+                return result
+            done[result.number] = result
+            written += result.samples + len(result.left_out)
+            if on_progress is not None:
+                on_progress(written, tasks[-1].last)
     return [done[task.number] for task in tasks]
 
 

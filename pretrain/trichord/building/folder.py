@@ -149,7 +149,20 @@ def rows_from_classes(root: Path, fields: FieldsConfig) -> Iterator[BuildRow | B
 def _files(root: Path) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"no folder {root}; check the path")
-    return sorted(file for file in root.rglob("*") if file.is_file())
+    files, links = [], []
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            files.append(path)
+        elif path.is_symlink():
+            links.append(path.relative_to(root).as_posix())
+    if links:
+        _log.warning(
+            "%d links in %s lead to no file and are left out (links to folders are not followed): %s",
+            len(links),
+            root,
+            _first(links),
+        )
+    return files
 
 
 def _say_skipped(root: Path, skipped: list[Path], samples: int, mapped: set[str]) -> None:

@@ -61,6 +61,23 @@ def refuse_taken(folder: Path, prefix: str) -> None:
         raise ConfigError(f"{taken[0]} is there already; choose another folder or prefix, or delete the old shards")
 
 
+def finished_shards(folder: Path) -> int:
+    """How many shards in a partial folder are whole."""
+    return len(list(folder.glob("[0-9]*.json")))
+
+
+def after_bad_source(folder: Path) -> str:
+    """How to go on once the source is mended, of which the plan knows nothing; a plan that saves nothing is dropped."""
+    finished = finished_shards(folder)
+    if not finished:
+        (folder / PLAN_FILE).unlink()  # what has no plan is not kept
+        return "; no shard is finished yet: the same command lists the source anew"
+    return (
+        "; the same command goes on with the source as it was listed; to list a changed one anew, remove the half-done "
+        f"build: rm -r {folder} (finished shards that go with it: {finished})"
+    )
+
+
 def stopped_words(out_dir: Path, prefix: str) -> str:
     """What is there of a build that was stopped, and what to do."""
     folder = out_dir / f".{prefix}.partial"
@@ -68,8 +85,7 @@ def stopped_words(out_dir: Path, prefix: str) -> str:
         shards = len(json.loads((folder / PLAN_FILE).read_text())["shards"])
     except (OSError, ValueError, LookupError):
         return f"stopped; {out_dir} holds no half-done build of that prefix; the same command begins anew"
-    done = len(list(folder.glob("[0-9]*.json")))
-    return f"stopped; {done} of {shards} shards are there (in {folder}); the same command goes on"
+    return f"stopped; {finished_shards(folder)} of {shards} shards are there (in {folder}); the same command goes on"
 
 
 def _refuse_other(folder: Path, of: dict[str, Any]) -> None:

@@ -40,4 +40,4 @@ def refuse_remote_out(out: str | Path) -> None:
 
 def refuse_remote_source(source: str | Path | None, option: str = "SOURCE") -> None:
     """Raise ConfigError where a source is a URL."""
-    refuse_address(source, option, "copy it here first, with the files that it names: aws s3 cp or sync ADDRESS .")
+    refuse_address(source, option, "download it first, with the files that it names, with your own tools")

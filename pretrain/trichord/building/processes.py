@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int = 1, ray: bool = False
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """The results, in the order they get done. workers: processes, or with Ray the CPUs of a cluster started here.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +75,10 @@ def _with_chat(rows: Iterable[Origin], reading: TableReading) -> Iterator[Origin
 def _csv_rows(table: Path, reading: TableReading) -> Iterator[Origin]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with table.open(newline="", encoding="utf-8-sig") as file, _said_of(table):
-        reader = csv.DictReader(file)
-        header = reader.fieldnames or ()
+        records = _csv_records(file, table)
+        _, header = next(records, (1, []))
+        if isinstance(header, BadRow):
+            raise DataError(f"{header.origin}: {header.reason}")
         if header:
             check_columns(reading, header, f"{table}, line 1")
         if not any(reading.column(name, header) in header for name in FIELD_COLUMNS):
@@ -84,15 +87,67 @@ def _csv_rows(table: Path, reading: TableReading) -> Iterator[Origin]:
                 f"yours: --column text=caption); got {', '.join(header) or 'nothing'}"
             )
         tell_columns(reading, header, str(table))
-        for row in reader:
-            origin = f"{table}, line {reader.line_num}"
-            if None in row or None in row.values():
+        for line, cells in records:
+            origin = f"{table}, line {line}"
+            if isinstance(cells, BadRow):
+                yield origin, cells
+            elif len(cells) != len(header):
                 reason = (
                     f"expected {len(header)} cells as in the header, got another number; quote cells that hold commas"
                 )
                 yield origin, BadRow(origin, reason)
             else:
-                yield origin, dict(row)
+                yield origin, dict(zip(header, cells))
+
+
+def _csv_records(file: Iterable[str], table: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
+    """(number of its last line, cells) of every row that is not blank.
+
+    Strict: a quote that is not closed would else take what follows, up to the next quote or the end, for one cell.
+
+    Raises:
+        DataError: quotes are wrong over several lines, so that no one can say where the next row begins.
+    """
+    lines: list[str] = []  # of one row
+    reader = csv.reader(_kept(file, lines), strict=True)
+    while True:
+        first = reader.line_num + 1
+        lines.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            origin, last = f"{table}, line {first}", reader.line_num
+            if str(error) == _UNCLOSED:
+                opened = _opening_line(lines, last)
+                raise DataError(f"{table}, line {opened}: a quote opens here and is never closed; {_QUOTES}") from error
+            if last > first:
+                raise DataError(f"{origin}: no csv from here to line {last} ({error}); {_QUOTES}") from error
+            yield last, BadRow(origin, f"no csv ({error}); {_QUOTES}")
+            continue
+        if cells:
+            yield reader.line_num, cells
+
+
+_UNCLOSED = "unexpected end of data"
+"""Of csv.reader, where the file ends in quotes."""
+_QUOTES = 'quote cells that hold quotes or line breaks, and write a quote in them twice ("")'
+
+
+def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _opening_line(lines: list[str], last: int) -> int:
+    """In which line the quote opened that is open at the end of `lines`, of which line `last` of the file is the last.
+
+    What it took is the last cell of the row as a reader that is not strict sees it.
+    """
+    taken = next(csv.reader(lines))[-1]
+    return last + 1 - max(1, sum(1 for _ in io.StringIO(taken, newline="")))
 
 
 @contextmanager
@@ -101,5 +156,3 @@ def _said_of(table: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{table} is no csv: {error}; quote cells that hold quotes or line breaks") from error

@@ -61,17 +61,29 @@ class ShardDone(NamedTuple):
     left_out: list[list[str]]
 
 
-def make_shard(task: ShardTask) -> ShardDone | str:
-    """Write a shard and its sidecars, or find that a build which was cut off had done so; a str says what is wrong.
+class ShardStopped(NamedTuple):
+    """What is wrong with a shard. by_source: a sample is bad, or a file is not what was listed; else the disk."""
+
+    reason: str
+    by_source: bool
+
+
+class _SourceError(DataError):
+    """Only another source mends it, or leaving the sample out."""
+
+
+def make_shard(task: ShardTask) -> ShardDone | ShardStopped:
+    """Write a shard and its sidecars, or find that a build which was cut off had done so.
 
     Any process of any machine that sees `folder` may run it, several at once too: the bytes are a function of the rows.
     """
     try:
         return _finished(task) or _write_shard(task)
     except DataError as error:
-        return str(error)
+        return ShardStopped(str(error), isinstance(error, _SourceError))
     except OSError as error:
-        return f"cannot write {task.tar}: {error.strerror or error}; mend that and run the same command again"
+        reason = f"cannot write {task.tar}: {error.strerror or error}; mend that and run the same command again"
+        return ShardStopped(reason, False)
 
 
 def _finished(task: ShardTask) -> ShardDone | None:
@@ -102,7 +114,7 @@ def _write_shard(task: ShardTask) -> ShardDone:
                     members = _contents(row, kinds if task.check_contents else {})
                 except BadSample as error:
                     if task.on_bad == "stop":
-                        raise DataError(f"{row.place}: {error}{_HOW_TO_SKIP}") from error
+                        raise _SourceError(f"{row.place}: {error}{_HOW_TO_SKIP}") from error
                     left_out.append([row.place, str(error)])
                     continue
                 add_sample(tar, row.key, members)
@@ -115,7 +127,7 @@ def _write_shard(task: ShardTask) -> ShardDone:
     return done
 
 
-_HOW_TO_SKIP = "; repair or remove it, or leave out what is bad by --on-bad skip; finished shards are kept"
+_HOW_TO_SKIP = "; repair or remove it, or leave out what is bad by --on-bad skip"
 
 
 def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
@@ -158,30 +170,26 @@ def _read(part: Content) -> bytes:
     if isinstance(part, RangePart):
         data = with_retries(lambda: read_range(part.url, part.offset, part.size), f"copying from shard {part.url}")
         if len(data) != part.size:
-            raise DataError(f"{part.url} is shorter than when the build was planned; {_AGAIN}")
+            raise _SourceError(f"{part.url} is shorter than when the build was planned")
         return data
     assert isinstance(part, CellPart), "a located row has no other parts"
     from trichord.building.arrow import read_cell  # pyarrow only where there is such a file
 
     data = read_cell(part)
     if len(data) != part.size:
-        raise DataError(f"{part.path} is another file than when the build was planned; {_AGAIN}")
+        raise _SourceError(f"{part.path} is another file than when the build was planned")
     return data
-
-
-_AGAIN = "remove the .partial folder and build again"
 
 
 def _read_file(part: FilePart) -> bytes:
     try:
         data = Path(part.path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {part.path} ({error.strerror}), which was there when the build began") from error
+        raise _SourceError(
+            f"cannot read {part.path} ({error.strerror}), which was there when the build began"
+        ) from error
     if len(data) != part.size:
-        raise DataError(
-            f"{part.path} has {len(data)} bytes, and had {part.size} when the build was planned; {_AGAIN}, with files "
-            "that stay as they are"
-        )
+        raise _SourceError(f"{part.path} has {len(data)} bytes, and had {part.size} when the build was planned")
     return data
 
 

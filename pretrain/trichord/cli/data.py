@@ -18,6 +18,8 @@ class TokenizerKind(str, Enum):
     word = "word"
 
 
+_MAX_VOCAB_SIZE = 2**22
+"""Far above any vocabulary in use; for absurd sizes the trainers ask for memory at once and abort the process."""
 _USED_UP = {
     TokenizerKind.bpe: "every word of the texts is a single token by now, so nothing is left to merge",
     TokenizerKind.unigram: "the texts hold no more pieces that occur often enough",
@@ -75,7 +77,7 @@ def data_tokenizer(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tokenizer.")],
     kind: Annotated[TokenizerKind, typer.Option(help="Sort of tokenizer.")] = TokenizerKind.bpe,
-    vocab_size: Annotated[int, typer.Option(min=1)] = 32_000,
+    vocab_size: Annotated[int, typer.Option(min=1, max=_MAX_VOCAB_SIZE)] = 32_000,
 ) -> None:
     """Train a tokenizer on the texts of files or shards."""
     from trichord.batches.tokenizer import train_tokenizer

@@ -50,7 +50,7 @@ def with_retries(action: Callable[[], Result], what: str) -> Result:
             if attempt == attempts:
                 raise DataError(
                     f"{what}: failed {attempts} times, last with {type(error).__name__}: {error}; "
-                    "check the storage, then start again: the run goes on from its checkpoint"
+                    "check the storage, then start again"
                 ) from error
             wait_s = delay_s * _jitter.uniform(0.5, 1.5)
             _log.warning("%s: %s; try %d of %d follows in %.1f s", what, error, attempt + 1, attempts, wait_s)

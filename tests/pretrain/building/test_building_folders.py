@@ -64,6 +64,21 @@ def test_class_folders_with_another_format_and_a_broken_image(tmp_path):
     assert reasons["3.jpg"] == "not an image in JPEG, PNG, WEBP", "the origin names the file already"
 
 
+def test_links_that_lead_to_no_file_are_named(tmp_path, caplog):
+    put(tmp_path / "elsewhere/2.jpg", picture())
+    put(tmp_path / "in/heron/1.jpg", picture())
+    (tmp_path / "in/heron/3.jpg").symlink_to(tmp_path / "elsewhere/2.jpg")
+    (tmp_path / "in/heron/gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "in/otter").symlink_to(tmp_path / "elsewhere")
+    for rows_from in (rows_from_folder, rows_from_classes):
+        caplog.clear()
+        assert len(list(rows_from(tmp_path / "in", FieldsConfig()))) == 2
+        assert "2 links in" in caplog.text
+        assert (
+            "lead to no file and are left out (links to folders are not followed): heron/gone.jpg, otter" in caplog.text
+        )
+
+
 def test_addresses_are_no_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "t.csv", "text\na\n")
@@ -77,6 +92,11 @@ def test_addresses_are_no_folders(tmp_path, monkeypatch, capsys):
         assert "--out s3://b/x is an address; expected a path of this machine" in capsys.readouterr().err
     for words, said in (
         ("data build s3://b/x.csv --out o", "SOURCE s3://b/x.csv is an address"),
+        ("data build ftp://b/x.csv --out o", "of this machine: download it first, with the files that it names, with"),
+        (
+            "data tokenizer t.txt --out o --vocab-size 99999999999",
+            "'--vocab-size': Input should be less than or equal to 4194304",
+        ),
         ("data build t.csv --media hf://b/x --out o", "--media hf://b/x is an address"),
         ("data build file:///t.csv --out o", "leave out file://"),
     ):

@@ -390,7 +390,7 @@ def test_images_that_are_none_stop_the_build_or_are_left_out(world):
     put(world / "animals/heron/b.jpg", b"\xff\xd8\xffbroken")
     put(world / "animals/otter/d.png", picture(3, "PNG")[:20])
     with pytest.raises(
-        DataError, match=r"heron/b\.jpg.*: not an image in JPEG, PNG, WEBP; .*--on-bad skip; finished shards"
+        DataError, match=r"heron/b\.jpg.*: not an image in JPEG, PNG, WEBP; .*--on-bad skip; no shard is finished"
     ):
         convert(world / "animals", "imagefolder")
     result = convert(world / "animals", "imagefolder", on_bad="skip")

@@ -1,5 +1,6 @@
 """Builds by many processes, cut off and taken up again: always the bytes of the undisturbed one."""
 
+import functools
 import io
 import os
 import re
@@ -237,11 +238,22 @@ def test_a_half_done_build_of_something_else_is_left_alone(source, tmp_path, mon
 def test_a_file_that_changed_since_the_plan_is_named(source, tmp_path, monkeypatch):
     _cut_off(source, tmp_path / "out", monkeypatch, 2)
     put(source / "059.txt", "another text")
-    with pytest.raises(DataError, match=r"059\.txt has 12 bytes, and had 10 when the build was planned; remove"):
+    with pytest.raises(DataError, match=r"059\.txt has 12 bytes, and had 10 when the build was planned; .*goes on"):
         make(source, tmp_path / "out")
     (source / "059.txt").unlink()
-    with pytest.raises(DataError, match=r"cannot read .*059\.txt .*which was there when the build began"):
+    way_out = r"began; .* anew, remove .*rm -r .*out/\.shard\.partial \(finished shards that go with it: 7"
+    with pytest.raises(DataError, match=rf"cannot read .*059\.txt .*which was there when the build {way_out}"):
         make(source, tmp_path / "out")
+
+
+def test_a_source_is_listed_anew_where_no_shard_was_finished(tmp_path):
+    good = BuildRow("good", {"jpg": put(tmp_path / "good.jpg", picture())})
+    bad = BuildRow("bad", {"jpg": put(tmp_path / "bad.jpg", "")})
+    build_again = functools.partial(build, out_dir=tmp_path / "out", layout=Layout(), identity={"of": "pictures"})
+    with pytest.raises(DataError, match=r"repair or remove it, .*; no shard is finished yet: .* lists the source anew"):
+        build_again([good, bad])
+    Path(tmp_path / "bad.jpg").unlink()
+    assert build_again([good]).samples == 1
 
 
 def test_shards_that_came_in_the_way_are_not_overwritten(source, tmp_path, monkeypatch):

@@ -164,7 +164,9 @@ def test_io_that_keeps_failing_stops_the_run(text_shards, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "pread", broken)
-    with pytest.raises(DataError, match=r"'00001\.txt' of shard .*failed 6 times.*Input/output error") as caught:
+    with pytest.raises(
+        DataError, match=r"'00001\.txt' of shard .*failed 6 times.*Input/output error; .* start again$"
+    ) as caught:
         read_member(entry, "text", 10)
     assert caught.value.exit_code == 3
     assert len(calls) == patience.settings().attempts == 6
