@@ -12,8 +12,8 @@ def next_token_micro_loss(config: NextTokenConfig, loss_sum: Tensor, global_coun
     """The loss to back-propagate on one rank in one micro-step.
 
     loss_sum: () fp32, cross-entropy summed over this micro-batch's labelled rows; global_count: () labels of the whole
-    step over all ranks, each as much as it weighs. Gradients are averaged over `dp_world` ranks, so the factor dp_world / global_count makes
-    the sum over ranks and micro-steps the mean over all labels, whatever the split.
+    step over all ranks, each as much as it weighs. Gradients are averaged over `dp_world` ranks, so the factor
+    dp_world / global_count makes the sum over ranks and micro-steps the mean over all labels, whatever the split.
     """
     return loss_sum * (config.weight * dp_world / divisor(global_count))
 
