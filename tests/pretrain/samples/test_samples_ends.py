@@ -13,7 +13,11 @@ from trichord.shards.probes import measure
 from trichord.shards.quarantine import BadSample
 
 RATE = 16_000
-FORMATS = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+CASES = [
+    *(("OGG", "VORBIS", rate) for rate in (16_000, 44_100, 48_000)),
+    *(("OGG", "OPUS", rate) for rate in (16_000, 48_000)),
+    *(("MP3", "MPEG_LAYER_III", rate) for rate in (16_000, 44_100, 48_000)),
+]
 CROP = AudioConfig(long_clips="crop", max_seconds=1)
 
 
@@ -37,11 +41,8 @@ def indexed(data) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
-@pytest.mark.parametrize(("container", "subtype"), FORMATS)
+@pytest.mark.parametrize(("container", "subtype", "rate"), CASES)
 def test_cut_clips_are_refused_and_whole_ones_are_not(container, subtype, channels, rate):
-    if (subtype, rate) == ("OPUS", 44_100):
-        pytest.skip("Opus has no such rate")
     data = encode(container, subtype, 3, channels, rate)
     assert len(decode_audio(data, AudioConfig(), indexed(data))) == 3 * RATE
     for share in (0.4, 0.7, 0.85):
