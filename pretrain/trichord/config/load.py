@@ -191,7 +191,7 @@ def _read_text(file: Path) -> str:
 def _apply(data: dict, override: str) -> KeyPath:
     """Set the value of one `a.b=c` in `data`, creating mappings on the way.
 
-    A list element is named by its number or by its `name` (`shards.sources.photos.weight=2`).
+    A list element is named by its `name` (`shards.sources.photos.weight=2`) or, where none is called so, its number.
     Returns the path that was set, list elements as numbers. Raises ConfigError where the path leads nowhere.
     """
     key, equals, text = override.partition("=")
@@ -202,7 +202,10 @@ def _apply(data: dict, override: str) -> KeyPath:
 
 
 def _lay_over(data: dict, name: str, origins: dict[KeyPath, str]) -> list[Problem]:
-    """Merge the overlay file `name` into `data`, noting where each value comes from; returns what is wrong with it."""
+    """Merge the overlay file `name` into `data`, noting where each value comes from; returns what is wrong with it.
+
+    List elements that have names go by these alone: the file may be of another config, where the same number is another.
+    """
     file = find_config(name)
     overlay = parse_yaml(_read_text(file), str(file))
     if not isinstance(overlay.data, dict):
@@ -211,7 +214,7 @@ def _lay_over(data: dict, name: str, origins: dict[KeyPath, str]) -> list[Proble
     for parts, value in _leaves(overlay.data):
         origin = f"{file}:{overlay.lines.get(parts, 1)}"
         try:
-            _set_origin(origins, _set(data, [str(part) for part in parts], value), origin)
+            _set_origin(origins, _set(data, [str(part) for part in parts], value, names_only=True), origin)
         except ConfigError as error:
             problems.append(Problem(origin, (), str(error)))
     return problems
@@ -233,12 +236,12 @@ def _set_origin(origins: dict[KeyPath, str], path: KeyPath, origin: str) -> None
     origins[path] = origin
 
 
-def _set(data: dict, parts: Sequence[str], value: Any) -> KeyPath:
+def _set(data: dict, parts: Sequence[str], value: Any, names_only: bool = False) -> KeyPath:
     """Set the value at a path, see `_apply`."""
     here: Any = data
     path: KeyPath = ()
     for i, part in enumerate(parts):
-        step: Any = _list_index(here, part, path) if isinstance(here, list) else part
+        step: Any = _list_index(here, part, path, names_only) if isinstance(here, list) else part
         if not isinstance(here, (dict, list)):
             raise ConfigError(f"{dotted(path)} is {here!r}, which has no keys inside")
         path = (*path, step)
@@ -251,13 +254,13 @@ def _set(data: dict, parts: Sequence[str], value: Any) -> KeyPath:
     return path
 
 
-def _list_index(items: list, part: str, path: KeyPath) -> int:
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
+def _list_index(items: list, part: str, path: KeyPath, names_only: bool) -> int:
+    names = [str(item["name"]) if isinstance(item, dict) and "name" in item else None for item in items]
     if part in names:
         return names.index(part)
-    known = ", ".join(str(name) for name in names if name) or f"0 to {len(items) - 1}"
+    if part.isdigit() and int(part) < len(items) and not (names_only and any(names)):
+        return int(part)
+    known = ", ".join(name for name in names if name) or f"0 to {len(items) - 1}"
     raise ConfigError(f"{dotted(path)} has no element {part!r}; expected one of {known}")
 
 

@@ -68,7 +68,7 @@ OVERLAY = """\
 shards:
   sources:
     clips: {weight: 5}
-    "0": {epochs: 2}
+    photos: {epochs: 2}
 engine: {lr: 1e-3, betas: [0.5, 0.6]}
 encoders: {text: null, audio: {}}
 """
@@ -81,6 +81,18 @@ def test_overlay_files_merge_mappings_and_lists_by_name(write, tmp_path):
     assert [(s.name, s.weight, s.epochs) for s in config.shards.sources] == [("photos", 1.0, 2), ("clips", 5.0, None)]
     assert (config.engine.lr, config.engine.betas, config.engine.precision) == (1e-3, (0.7, 0.8), "fp32")
     assert (config.encoders.text.hidden_size, config.encoders.audio is not None) == (32, True)
+
+
+def test_names_that_are_numbers_are_names(write, tmp_path):
+    """Classes 0 to 11 as sources, in the order 0, 1, 10, 11, 2."""
+    config = write(GOOD.replace("photos", "'1'").replace("clips", "'0'"))
+    overlay = tmp_path / "more.yaml"
+    overlay.write_text("shards: {sources: {'0': {weight: 5}, '1': {weight: 3}}}\n")
+    for more in ([str(overlay)], ["shards.sources.0.weight=5", "shards.sources.1.weight=3"]):
+        sources = load_run_config(config, more).shards.sources
+        assert {source.name: source.weight for source in sources} == {"0": 5.0, "1": 3.0}
+    said = "shards.sources has no element '0'; expected one of photos, clips"
+    assert said in message(load_run_config, write(GOOD), [str(overlay)]), "another config's sources, not the first"
 
 
 def test_mistakes_in_overlays_name_their_file_and_line(write, tmp_path):
