@@ -338,6 +338,20 @@ def test_a_plan_of_another_run_or_config_is_told_and_its_figures_are_not_used(re
     assert "LOWER BOUND" in disk
 
 
+def test_a_plan_holds_for_the_layout_of_its_own_overlay_too(ready):
+    keys = {"engine.zero_stage": 1, "batches.micro_rows": 1}
+    best = {"overlay": {"engine": {"zero_stage": 2}}, "best": {"device_bytes": 3 * 2**30}}
+    path = plan(ready, 10, memory={"device_bytes": 100 * 2**30}, config=keys, **best)
+    overlay = ready.folder / "plan.overlay.yaml"
+    overlay.write_text("engine: {zero_stage: 2}\n")
+    code, told, _ = told_of_plan(ready, overlay, "batches.micro_rows=1", "--plan", path, "--cluster", "example-8gpu")
+    assert (code, told["verdict"]) == (0, "pass"), told
+    assert told["detail"].startswith("a rank needs 3.0 GiB (PREDICTION)")
+    for broken in ({"overlay": {"engine": 3}}, {"overlay": []}, {"best": 3}, {"best": {"device_bytes": "x"}}):
+        path = plan(ready, 10, memory={"device_bytes": 5}, config=keys, **{**best, **broken})
+        told_of_plan(ready, "--plan", path)
+
+
 def test_a_plan_for_larger_gpus_or_another_number_of_them_is_told(ready):
     large = plan(ready, 10, memory={"device_bytes": 100 * 2**30})
     code, findings = ready.preflight("--plan", large, "--cluster", "example-8gpu")

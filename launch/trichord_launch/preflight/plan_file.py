@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ _AGAIN = "make it again: trichord plan CONFIG --gpus N --save plan.json"
 @dataclass(frozen=True)
 class Plan:
     """Bytes of one checkpoint, and of device memory that a rank needs (None: not predicted). keys: those of the config
-    that both follow from, dotted, and their values as JSON; None where the plan does not say."""
+    that both follow from, dotted, and their values as JSON; None where the plan does not say. best: the same with the
+    layout that the plan's overlay sets."""
 
     path: Path
     run: str
@@ -26,6 +27,12 @@ class Plan:
     checkpoint_bytes: int
     device_bytes: int | None
     keys: Mapping[str, Any] | None = None
+    best: Plan | None = None
+
+    def of(self, config: RunConfig) -> Plan:
+        """The best layout where the config has that, as with the overlay laid over it; else the config's own."""
+        fits = self.best is not None and not self.best.differing(config)
+        return self.best if self.best is not None and fits and self.differing(config) else self
 
     def differing(self, config: RunConfig) -> list[str]:
         """Keys whose values the plan was made with are not the config's, as `key: value in the plan, value now`."""
@@ -69,7 +76,15 @@ def _plan_of(path: Path, facts: Any) -> Plan:
         raise ConfigError(f"--plan {path}: not a plan: it does not say of which run and how many GPUs; {_AGAIN}")
     if not isinstance(size, int) or not isinstance(device, int | None):
         raise ConfigError(f"--plan {path}: not a plan: sizes that are no numbers of bytes; {_AGAIN}")
-    return Plan(path, run, gpus, size, device, _part(path, facts, "config") if "config" in facts else None)
+    plan = Plan(path, run, gpus, size, device, _part(path, facts, "config") if "config" in facts else None)
+    best, overlay = facts.get("best"), facts.get("overlay")
+    if plan.keys is None or not isinstance(best, dict) or not isinstance(overlay, dict):
+        return plan
+    rooms = {room: keys for room, keys in overlay.items() if isinstance(keys, dict)}
+    laid_over = {f"{room}.{name}": value for room, keys in rooms.items() for name, value in keys.items()}
+    needed = best.get("device_bytes")
+    needed = needed if isinstance(needed, int) else None
+    return replace(plan, best=replace(plan, device_bytes=needed, keys={**plan.keys, **laid_over}))
 
 
 def _part(path: Path, facts: Mapping[str, Any], name: str) -> dict[str, Any]:

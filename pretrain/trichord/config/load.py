@@ -204,7 +204,7 @@ def _apply(data: dict, override: str) -> KeyPath:
 def _lay_over(data: dict, name: str, origins: dict[KeyPath, str]) -> list[Problem]:
     """Merge the overlay file `name` into `data`, noting where each value comes from; returns what is wrong with it.
 
-    List elements that have names go by these alone: the file may be of another config, where the same number is another.
+    List elements that have names go by these alone: the file may be of another config, whose numbers mean others.
     """
     file = find_config(name)
     overlay = parse_yaml(_read_text(file), str(file))
