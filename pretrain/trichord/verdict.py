@@ -54,10 +54,10 @@ def ending_of(step: int, total_steps: int, *, used_up: bool, signal_name: str | 
     Args:
         used_up: no lane has a sample left. signal_name: of what a rank was told to stop by.
     """
+    if used_up:  # first: more steps would not help
+        return Ending(True, f"all sources used up at step {step} (run.max_steps {total_steps})", signal_name)
     if step >= total_steps:
         return Ending(True, "all steps done", signal_name)
-    if used_up:
-        return Ending(True, f"all sources used up at step {step} (run.max_steps {total_steps})", signal_name)
     return None if signal_name is None else Ending(False, f"stopped by {signal_name} with a checkpoint", signal_name)
 
 
