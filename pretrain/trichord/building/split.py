@@ -181,6 +181,7 @@ def _some(keys: Mapping[str, Any]) -> str:
 def _overlay(result: BuildResult, out_dir: Path, prefix: str) -> str:
     lines = [
         "# Sources of a split; put this file behind a run config: trichord train run.yaml sources.yaml",
+        "# It trains on all of them: take out what is held out.",
         "shards:",
         "  sources:",
     ]

@@ -186,6 +186,9 @@ def data_split(
         )
     _print_result(result)
     print(out / SOURCES_FILE)
+    if fractions is not None:
+        held = "a run with it trains on all parts; take out of it what is held out"
+        print(f"{SOURCES_FILE} names {', '.join(result.shards)}: {held}", file=sys.stderr)
 
 
 def _print_result(result) -> None:
