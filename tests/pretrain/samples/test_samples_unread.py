@@ -13,6 +13,7 @@ from PIL import Image
 from trichord.config.identity import RunFolder
 from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
+from trichord.engine.stop import StopFlag
 from trichord.opening import make_sidecars
 from trichord.samples.unread import OTHER_CHATS, other_chat, unmapped, warn_at_start
 from trichord.shards.config import FieldsConfig, FiltersConfig, SourceConfig
@@ -114,8 +115,8 @@ def test_the_opening_of_a_run_warns_and_reads_exclude_lists_before_it_indexes(tm
     folder = RunFolder("fresh", tmp_path, 1)
     wrong = load_run_config("debug/tiny.yaml", [*overrides, "shards.sources.pets.filters.exclude=[no.jsonl]"])
     with pytest.raises(ConfigError, match=r"no\.jsonl cannot be read"):
-        make_sidecars(wrong, folder)
+        make_sidecars(wrong, folder, StopFlag())
     assert not list(tmp_path.glob("*.idx"))
     with caplog.at_level(logging.WARNING, "trichord"):
-        make_sidecars(load_run_config("debug/tiny.yaml", overrides), folder)
+        make_sidecars(load_run_config("debug/tiny.yaml", overrides), folder, StopFlag())
     assert any(".gif are mapped to no field" in record.getMessage() for record in caplog.records)
