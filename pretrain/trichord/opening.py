@@ -96,8 +96,8 @@ def make_sidecars(config: RunConfig, folder: RunFolder, stop: StopFlag) -> None:
     """
     configure_storage(config.shards.storage)
     sources = (*config.shards.sources, *suite_sources(config))
-    for path in {path for source in sources for path in source.filters.exclude}:
-        read_exclude_list(path)  # before hours of indexing
+    lists = dict.fromkeys(path for source in sources for path in source.filters.exclude)
+    excluded = {path: read_exclude_list(path) for path in lists}  # before hours of indexing
     found = [(source, _indexed(source, stop)) for source in sources]
     learned = {source.name: shards for source, shards in found[: len(config.shards.sources)] if not source.follow}
     began = folder.branch_folder or folder.path
@@ -105,7 +105,7 @@ def make_sidecars(config: RunConfig, folder: RunFolder, stop: StopFlag) -> None:
         check_shards(began / SHARDS_FILE, learned, "put them back as they were, or start a new run")
     if folder.kind != "resume":
         record_shards(folder.path / SHARDS_FILE, learned)
-    warn_at_start(found, config.shards.max_member_bytes)
+    warn_at_start(found, excluded, config.shards.max_member_bytes)
 
 
 def _indexed(source: SourceConfig, stop: StopFlag) -> list[ShardHeader]:

@@ -63,7 +63,7 @@ def nothing() -> None:
 
 def slow_steps(seconds: float = 0.1) -> None:
     """A pause after each step, so that a test can act in the middle."""
-    from trichord.journal import Progress
+    from trichord.progress import Progress
 
     check = Progress.check
     Progress.check = lambda self, *args: (check(self, *args), time.sleep(seconds))[0]

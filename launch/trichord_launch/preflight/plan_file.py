@@ -10,6 +10,7 @@ from typing import Any
 
 from trichord.config.run import RunConfig
 from trichord.core.errors import ConfigError
+from trichord.core.json_option import read_json_option
 
 _FORMAT = 1
 _AGAIN = "make it again: trichord plan CONFIG --gpus N --save plan.json"
@@ -31,8 +32,9 @@ class Plan:
 
     def of(self, config: RunConfig) -> Plan:
         """The best layout where the config has that, as with the overlay laid over it; else the config's own."""
-        fits = self.best is not None and not self.best.differing(config)
-        return self.best if self.best is not None and fits and self.differing(config) else self
+        if self.best is None or not self.differing(config) or self.best.differing(config):
+            return self
+        return self.best
 
     def differing(self, config: RunConfig) -> list[str]:
         """Keys whose values the plan was made with are not the config's, as `key: value in the plan, value now`."""
@@ -54,15 +56,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ConfigError: there is none, or it is not of this form.
     """
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--plan {path}: no such file; {_AGAIN}") from error
-    except OSError as error:
-        raise ConfigError(f"--plan {path}: cannot be read: {error.strerror}; {_AGAIN}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
-        raise ConfigError(f"--plan {path}: not JSON; {_AGAIN}") from error
-    return _plan_of(Path(path), facts)
+    return _plan_of(Path(path), read_json_option("--plan", path, _AGAIN))
 
 
 def _plan_of(path: Path, facts: Any) -> Plan:

@@ -15,7 +15,7 @@ _NAMED = 4  # differing keys that are spelt out
 def usable_plan(loaded: Loaded) -> Plan | None:
     """The plan where it is of this run and config; without the memory of a rank where it is for other numbers of
     them."""
-    plan = _plan(loaded)
+    plan = loaded.plan
     if plan is None or _refusal(loaded, plan) is not None:
         return None
     return plan if loaded.asked_ranks in (None, plan.gpus) else replace(plan, device_bytes=None)
@@ -23,7 +23,7 @@ def usable_plan(loaded: Loaded) -> Plan | None:
 
 def check_plan(loaded: Loaded) -> list[Finding]:
     """What is not this run's in the plan; else whether it fits the memory of the cluster's GPUs."""
-    plan, cluster = _plan(loaded), loaded.cluster
+    plan, cluster = loaded.plan, loaded.cluster
     if plan is None:
         return []
     ranks = loaded.asked_ranks
@@ -41,10 +41,6 @@ def check_plan(loaded: Loaded) -> list[Finding]:
         remedy = "a higher engine.zero_stage, fewer batches.micro_rows, activation checkpointing, or more GPUs"
         return [Finding("plan", "fail", said, remedy, "config")]
     return [Finding("plan", "pass", said)]
-
-
-def _plan(loaded: Loaded) -> Plan | None:
-    return loaded.plan.of(loaded.config) if loaded.plan is not None else None
 
 
 def _refusal(loaded: Loaded, plan: Plan) -> str | None:

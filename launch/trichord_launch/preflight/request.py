@@ -81,7 +81,7 @@ def load(request: Request) -> Loaded:
     """
     config = load_run_config(request.config, request.overrides)
     cluster = load_cluster(request.cluster) if request.cluster is not None else None
-    plan = read_plan(Path(request.plan)) if request.plan is not None else None
+    plan = read_plan(Path(request.plan)).of(config) if request.plan is not None else None
     if request.wants_nodes:
         _check_nodes(request, cluster)
     if request.procs is not None and request.procs < 1:

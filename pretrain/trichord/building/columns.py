@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from trichord.building.rows import BadRow
 from trichord.building.tabular import FIELD_COLUMNS, TableReading
 from trichord.core.errors import ConfigError
 from trichord.core.log import get_logger
+from trichord.core.words import some
 
 _log = get_logger(__name__)
 _MAX_NAMED = 20
@@ -21,7 +21,7 @@ def check_columns(reading: TableReading, present: Collection[str], place: str) -
     absent = [(name, column) for name, column in reading.columns.items() if column not in present]
     if absent:
         name, column = absent[0]
-        raise ConfigError(f"--column {name}={column}: no column {column} in {place}; there are {some(present)}")
+        raise ConfigError(f"--column {name}={column}: no column {column} in {place}; there are {_named(present)}")
 
 
 def tell_columns(reading: TableReading, present: Collection[str], place: str) -> None:
@@ -31,7 +31,7 @@ def tell_columns(reading: TableReading, present: Collection[str], place: str) ->
     rest = [column for column in present if column not in taken.values()]
     fields = ", ".join(f"{name} from column {column}" for name, column in taken.items())
     hint = "" if not rest or reading.columns else " (another is named by --column text=caption)"
-    _log.info("%s: %s; in json: %s%s", place, fields or "no field", some(rest), hint)
+    _log.info("%s: %s; in json: %s%s", place, fields or "no field", _named(rest), hint)
 
 
 def watched(rows: Iterable[Origin], reading: TableReading, place: str) -> Iterator[Origin]:
@@ -52,7 +52,5 @@ def watched(rows: Iterable[Origin], reading: TableReading, place: str) -> Iterat
         check_columns(reading, seen, f"any row of {place}")
 
 
-def some(columns: Collection[str]) -> str:
-    """Names of columns, of many the first."""
-    named = ", ".join(map(str, itertools.islice(columns, _MAX_NAMED)))
-    return (named or "none") + (f" and {len(columns) - _MAX_NAMED} more" if len(columns) > _MAX_NAMED else "")
+def _named(columns: Collection[str]) -> str:
+    return some(columns, _MAX_NAMED) or "none"

@@ -9,6 +9,7 @@ from trichord.building.media import json_bytes
 from trichord.building.rows import BadRow, BuildRow
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
+from trichord.core.words import some
 from trichord.shards.config import FieldsConfig
 from trichord.shards.members import split_name
 
@@ -45,7 +46,7 @@ def rows_from_folder(root: Path, fields: FieldsConfig) -> Iterator[BuildRow | Ba
         samples.setdefault(key, {})[ext] = file
     renamed = [f"{stem} -> {key}" for key, stem in stems.items() if key != stem]
     if renamed:
-        _log.warning("dots in names become underscores, as keys hold none: %s", _first(renamed))
+        _log.warning("dots in names become underscores, as keys hold none: %s", some(renamed, _MAX_NAMED))
     bad = _unread(others, samples, fields, root)
     _say_skipped(root, [file for file in others if file not in bad], len(samples) + len(bad), mapped)
     for file, (key, reason) in bad.items():
@@ -160,19 +161,15 @@ def _files(root: Path) -> list[Path]:
             "%d links in %s lead to no file and are left out (links to folders are not followed): %s",
             len(links),
             root,
-            _first(links),
+            some(links, _MAX_NAMED),
         )
     return files
 
 
 def _say_skipped(root: Path, skipped: list[Path], samples: int, mapped: set[str]) -> None:
-    named = _first([file.relative_to(root).as_posix() for file in skipped])
+    named = some([file.relative_to(root).as_posix() for file in skipped], _MAX_NAMED)
     if not samples:
         there = f"; there are {named}" if skipped else "; it is empty"
         raise DataError(f"no file in {root} has a mapped extension ({', '.join(sorted(mapped))}){there}")
     if skipped:
         _log.warning("%d files in %s have no mapped extension and are left out: %s", len(skipped), root, named)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "")

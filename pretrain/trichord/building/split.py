@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from trichord.building.rows import BadRow, BuildRow, RangePart
 from trichord.core.errors import ConfigError, DataError
 from trichord.core.log import get_logger
 from trichord.core.status import write_atomically
+from trichord.core.words import some
 from trichord.shards.config import FieldsConfig
 from trichord.shards.index import load_header
 from trichord.shards.members import FoundMember, WalkReport, is_unsafe, walk_members
@@ -166,16 +166,11 @@ def _looked_up(meta: Mapping[str, Any], key: str) -> Any:
         if not isinstance(value, Mapping) or not value:
             raise BadSample(f"no json key {key}: {where} holds no keys")
         if step not in value:
-            raise BadSample(f"no json key {key}; the keys in {where} are {_some(value)}")
+            raise BadSample(f"no json key {key}; the keys in {where} are {some(value, _MAX_NAMED)}")
         value, path = value[step], f"{path}{step}."
     if value is None:
         raise BadSample(f"json key {key} is null; expected a value")
     return value
-
-
-def _some(keys: Mapping[str, Any]) -> str:
-    named = ", ".join(itertools.islice(map(str, keys), _MAX_NAMED))
-    return named + (f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else "")
 
 
 def _overlay(result: BuildResult, out_dir: Path, prefix: str) -> str:

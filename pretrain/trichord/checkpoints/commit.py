@@ -16,7 +16,7 @@ from trichord.checkpoints.hashes import file_facts
 from trichord.checkpoints.manifest import FORMAT, INDEX_FILE, LOADER_FILE, MANIFEST_FILE, checkpoint_name
 from trichord.checkpoints.slices import rank_file
 from trichord.core.errors import CheckpointError
-from trichord.core.status import fsync_folder, write_atomically
+from trichord.core.status import fsync_folder, try_write, write_atomically
 
 
 def done_file(folder: Path, rank: int) -> Path:
@@ -93,9 +93,6 @@ def require_writable(folder: Path) -> None:
         CheckpointError: nothing can be written in `folder`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
+        try_write(folder)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}; set run.root to a folder you own") from error

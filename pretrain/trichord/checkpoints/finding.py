@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trichord.checkpoints.manifest import incomplete_reason, step_folders
+from trichord.core import words
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 _NAMED = 3
@@ -32,4 +33,4 @@ def earlier(folder: Path) -> str:
 
 def some(names: list[str]) -> str:
     """The first of them, and how many more."""
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return words.some(names, _NAMED)

@@ -19,7 +19,7 @@ from trichord.checkpoints.hashes import hash_file
 from trichord.checkpoints.manifest import MANIFEST_FILE, Manifest, checkpoint_name
 from trichord.core.errors import CheckpointError, DataError
 from trichord.core.log import get_logger
-from trichord.core.status import fsync_folder
+from trichord.core.status import fsync_folder, try_write
 from trichord.shards import remote
 from trichord.shards.locations import filesystem, is_remote, local_path, shown
 from trichord.shards.patience import settings, with_retries
@@ -42,13 +42,8 @@ class MirrorStore:
 
     def try_write(self) -> None:
         """Where it is a folder of this machine: write and remove a file. Raises OSError: that fails."""
-        if is_remote(self.url):
-            return
-        folder = Path(local_path(self.url))
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{secrets.token_hex(4)}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        if not is_remote(self.url):
+            try_write(Path(local_path(self.url)))
 
     def steps(self) -> list[int]:
         """Steps that have a folder there, whole or not, ascending."""

@@ -108,6 +108,14 @@ def write_atomically(path: Path, text: str) -> Path:
     return path
 
 
+def try_write(folder: Path) -> None:
+    """Make the folder where it is not there, write a file in it and remove that. Raises OSError: it cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-test-{secrets.token_hex(4)}"  # several ranks may try at once
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
 def fsync_folder(folder: Path) -> None:
     """Bring the names in a folder to disk: a rename is not there for good before."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

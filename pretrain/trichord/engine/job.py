@@ -6,7 +6,6 @@ Asked before the shards are looked at, which may take hours, and again where an 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from trichord.core.errors import ConfigError, TrichordError
 from trichord.core.log import FILE_ONLY, get_logger
+from trichord.core.status import try_write
 from trichord.engine.config import EngineConfig
 from trichord.engine.deepspeed_config import deepspeed_config
 
@@ -110,10 +110,7 @@ def _check_nvme(folder: Path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        try_write(folder)
     except OSError as error:
         raise ConfigError(
             f"engine.nvme_path {folder}: expected a folder on a local disk that can be written, got {error.strerror}; "

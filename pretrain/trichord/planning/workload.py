@@ -6,13 +6,13 @@ kept as spreads (a few quantiles) and typical batches draw from all over them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from trichord.core.errors import ConfigError, TrichordError
+from trichord.core.json_option import read_json_option
 from trichord.encoders.config import EncodersConfig
 from trichord.samples.config import SamplesConfig
 from trichord.shards.config import ShardsConfig, SourceConfig
@@ -153,14 +153,7 @@ def _from_stats(config: DataOfRun, file: Path) -> tuple[list[SourceLoad], list[s
 
 def _read_stats(file: Path) -> dict[str, Any]:
     """The file of statistics, each source a mapping with its name, each of its figures too where they are read."""
-    try:
-        stats = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--stats {file}: no such file; {_MAKE_STATS}") from error
-    except OSError as error:
-        raise ConfigError(f"--stats {file}: cannot be read: {error.strerror}; {_MAKE_STATS}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
-        raise ConfigError(f"--stats {file}: not JSON; {_MAKE_STATS}") from error
+    stats = read_json_option("--stats", file, _MAKE_STATS)
     sources = stats.get("sources") if isinstance(stats, dict) else None
     if not isinstance(sources, list) or not all(
         isinstance(s, dict) and isinstance(s.get("name"), str) for s in sources

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trichord.core.log import get_logger
-from trichord.samples.filters import read_exclude_list
 from trichord.samples.interleaved import Item
 from trichord.samples.text import decode_meta
 from trichord.shards.config import FieldsConfig, SourceConfig
@@ -125,21 +124,26 @@ def unmatched(path: str, lines: int, sources: Iterable[str]) -> str:
     )
 
 
-def warn_at_start(sources: Sequence[tuple[SourceConfig, Sequence[ShardHeader]]], max_member_bytes: int) -> None:
+def warn_at_start(
+    sources: Sequence[tuple[SourceConfig, Sequence[ShardHeader]]],
+    excluded: Mapping[str, Sequence[tuple[str, str]]],
+    max_member_bytes: int,
+) -> None:
     """One line per source whose first samples hold media that nothing reads, whose members are scattered, or whose
     exclude lists name none of its shards. It looks at one index and a few json members per source.
 
+    excluded: path -> what `read_exclude_list` has read of it.
+
     Raises:
-        ConfigError: an exclude list cannot be read. DataError: the storage fails.
+        DataError: the storage fails.
     """
     for source, shards in sources:
         first = next((shard for shard in shards if shard.num_samples), None)
         if first is not None:
             for line in _first_look(source, load_index(first.url, source.fields), max_member_bytes):
                 _log.warning("source %s: in shard %s, %s", source.name, first.url, line)
-    for path in dict.fromkeys(path for source, _ in sources for path in source.filters.exclude):
+    for path, listed in excluded.items():
         having = [(source.name, shards) for source, shards in sources if path in source.filters.exclude]
-        listed = read_exclude_list(path)
         there = {os.path.basename(shard.url) for _, shards in having for shard in shards}
         if listed and there.isdisjoint(shard for shard, _ in listed):
             _log.warning("%s", unmatched(path, len(listed), [name for name, _ in having]))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from trichord.core.errors import ConfigError, DataError
+from trichord.core.words import some
 from trichord.shards.arguments import ArgumentShards
 from trichord.shards.config import SourceConfig
 from trichord.shards.listing import LIST, OTHER_COMPRESSIONS, looked_in, shards_at
@@ -131,8 +132,7 @@ def _choices(body: str, pattern: str) -> list[str]:
 
 def _looked_in(urls: list[str]) -> str:
     by_folder = list({os.path.dirname(url): url for url in urls}.values())
-    named = ", ".join(looked_in(url) for url in by_folder[:_MAX_NAMED])
-    return named + (f" and {len(by_folder) - _MAX_NAMED} more" if len(by_folder) > _MAX_NAMED else "")
+    return some([looked_in(url) for url in by_folder], _MAX_NAMED)
 
 
 def _missing_message(pattern: str, missing: list[str], expected: int) -> str:

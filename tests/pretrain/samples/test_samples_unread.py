@@ -15,6 +15,7 @@ from trichord.config.load import load_run_config
 from trichord.core.errors import ConfigError
 from trichord.engine.stop import StopFlag
 from trichord.opening import make_sidecars
+from trichord.samples.filters import read_exclude_list
 from trichord.samples.unread import OTHER_CHATS, other_chat, unmapped, warn_at_start
 from trichord.shards.config import FieldsConfig, FiltersConfig, SourceConfig
 from trichord.shards.index import index_shards
@@ -47,7 +48,8 @@ def told(folder, members, caplog, fields=None, exclude=()) -> list[str]:
         name="pets", shards=(path,), fields=fields or FieldsConfig(), filters=FiltersConfig(exclude=exclude)
     )
     with caplog.at_level(logging.WARNING, "trichord"):
-        warn_at_start([(source, index_shards([path], fields=source.fields))], 2**20)
+        lists = {name: read_exclude_list(name) for name in exclude}
+        warn_at_start([(source, index_shards([path], fields=source.fields))], lists, 2**20)
     return [record.getMessage() for record in caplog.records]
 
 
